@@ -1,0 +1,111 @@
+"""What can go wrong, said so that a person knows what to do next.
+
+    LongrunError
+    |-- BadConfig        a setting, flag or folder that cannot work          exit 78
+    |-- Locked           another process holds this home                     exit 75
+    |-- NotRunning       the command needs a running daemon                  exit 3
+    |-- BadFile          the content of a dropped file                       exit 1
+    |-- BadModel         current_model/ is not something to go on from       exit 1
+    `-- ModelRemoved     current_model/ went away or changed under a run     exit 1
+
+Every message names what was attempted, on what, why it failed; `hint` says what to type next.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; 75 and 78 are those of sysexits.h, 3 is the LSB's "not running"."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    NOT_RUNNING = 3
+    LOCKED = 75
+    BAD_CONFIG = 78
+
+
+class LongrunError(Exception):
+    """Something failed in a way a person can act on."""
+
+    exit_code = ExitCode.FAILURE
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class BadConfig(LongrunError):
+    """A setting, flag or folder cannot work as given."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
+class Locked(LongrunError):
+    """Another process holds the lock of this home."""
+
+    exit_code = ExitCode.LOCKED
+
+
+class NotRunning(LongrunError):
+    """The command needs a running daemon and there is none."""
+
+    exit_code = ExitCode.NOT_RUNNING
+
+
+class BadModel(LongrunError):
+    """current_model/ holds nothing that training may go on from."""
+
+
+class ModelRemoved(LongrunError):
+    """current_model/ was removed or replaced while a run was using it."""
+
+
+class BadFile(LongrunError):
+    """The content of a dropped file cannot be trained; nothing of it was.
+
+    `line` counts from 1, `byte` from 0 within the (decompressed) file, `field` is a path such as
+    `messages[2].content`, `hint` is the fix.
+    """
+
+    def __init__(
+        self,
+        why: str,
+        *,
+        kind: str = "content",
+        line: int | None = None,
+        byte: int | None = None,
+        field: str | None = None,
+        extract: str | None = None,
+        hint: str = "",
+    ) -> None:
+        at = [f"line {line}" if line is not None else "", f"byte {byte}" if byte is not None else ""]
+        place = ", ".join(part for part in at if part)
+        subject = ": ".join(part for part in (place, field) if part)
+        super().__init__(f"{subject}: {why}" if subject else why, hint=hint)
+        self.why = why
+        self.kind = kind
+        self.line = line
+        self.byte = byte
+        self.field = field
+        self.extract = extract
+
+    def reason(self) -> dict[str, Any]:
+        """The refusal as plain values, for rejected/NAME.reason.json and the event log."""
+        found = {
+            "kind": self.kind,
+            "why": self.why,
+            "line": self.line,
+            "byte": self.byte,
+            "field": self.field,
+            "extract": self.extract,
+            "fix": self.hint or None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
