@@ -1,0 +1,302 @@
+"""Settings: default < longrun.toml < environment (LONGRUN_TRAIN_LEARNING_RATE=...) < flag.
+
+Read whole, checked whole, and each value remembers where it came from. Names under [train] are those of
+transformers.TrainingArguments, except `batch_size`, the effective one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun.errors import BadConfig
+from longrun.plan import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENVIRONMENT = "LONGRUN_"
+NOT_SETTINGS = frozenset({"LONGRUN_HOME"})
+MEBIBYTE = 1 << 20
+
+
+def _setting(default: Any, *, least: float | None = None, most: float | None = None, one_of: str = "") -> Any:
+    """A field with its limits: [least, most], or one of the words in `one_of`."""
+    limits = {"least": least, "most": most, "one_of": tuple(one_of.split())}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    base_model: str = "tiny"  # a folder, a hub name, or the built-in tiny model
+    dtype: str = _setting("auto", one_of="auto float32 bfloat16")  # auto: fp32 weights, bf16 autocast on a GPU
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    learning_rate: float = _setting(2e-5, least=1e-12, most=10)
+    num_train_epochs: int = _setting(1, least=1, most=1000)  # of each file
+    batch_size: int = _setting(8, least=1)  # rows an optimizer step, over devices and accumulation
+    per_device_train_batch_size: int = _setting(0, least=0)  # rows at once on a device; 0: the whole batch
+    weight_decay: float = _setting(0.0, least=0, most=10)
+    adam_beta1: float = _setting(0.9, least=0, most=0.999999)
+    adam_beta2: float = _setting(0.999, least=0, most=0.999999999)
+    adam_epsilon: float = _setting(1e-8, least=0, most=1)
+    max_grad_norm: float = _setting(1.0, least=0)  # 0: no clipping
+    warmup_steps: int = _setting(0, least=0)  # of the model's life, not of each file
+    max_length: int = _setting(2048, least=2)  # tokens a row; longer rows are cut, counted and reported
+    seed: int = _setting(42, least=0)
+    save_steps: int = _setting(0, least=0)  # 0: as often as costs 2 % of the time
+    save_total_limit: int = _setting(2, least=2)  # checkpoints kept
+    logging_steps: int = _setting(10, least=1)
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    report_to: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class InboxSettings:
+    settle_s: float = _setting(1.0, least=0.1)
+    settle_without_lease_s: float = _setting(10.0, least=0.1)
+    scan_s: float = _setting(5.0, least=0.1)
+    on_bad_row: str = _setting("reject", one_of="reject skip")
+    max_line_bytes: int = _setting(16 * MEBIBYTE, least=1024)
+    keep_days: float = _setting(0.0, least=0)  # of files in trained/ and rejected/; 0: for ever
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    idle_release_minutes: float = _setting(30.0, least=0)
+    start_timeout_s: float = _setting(600.0, least=1)  # until the model is loaded
+    step_timeout_s: float = _setting(600.0, least=1)  # without any progress
+    max_attempts: int = _setting(3, least=1)
+    prepare_ahead: int = _setting(2, least=1)  # files
+    retry_s: float = _setting(60.0, least=0.1)  # between looks at a full disk or a missing model
+
+
+@dataclass(frozen=True)
+class BackupSettings:
+    pass
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    format: str = _setting("text", one_of="text json")
+    progress_s: float = _setting(30.0, least=0.1)  # between progress lines, away from a terminal
+    max_bytes: int = _setting(10 * MEBIBYTE, least=4096)
+    keep: int = _setting(5, least=1)
+    rows: bool = False  # also write logs/rows.jsonl: the rows of each step as they reached the model
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    inbox: InboxSettings = field(default_factory=InboxSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+    backup: BackupSettings = field(default_factory=BackupSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)  # "train.seed" -> where from
+
+    @property
+    def recipe(self) -> Recipe:
+        train = self.train
+        return Recipe(
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_epsilon=train.adam_epsilon,
+            max_grad_norm=train.max_grad_norm,
+            warmup_steps=train.warmup_steps,
+            epochs=train.num_train_epochs,
+            batch_size=train.batch_size,
+            max_length=train.max_length,
+            seed=train.seed,
+        )
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelSettings,
+    "train": TrainSettings,
+    "inbox": InboxSettings,
+    "worker": WorkerSettings,
+    "backup": BackupSettings,
+    "log": LogSettings,
+}
+
+# TrainingArguments' names that cannot be settings here, each with the reason.
+REFUSED = {
+    "max_steps": "it is computed for every file: the steps so far plus this file's. Set num_train_epochs",
+    "gradient_accumulation_steps": "it follows from batch_size / per_device_train_batch_size. Set those",
+    "lr_scheduler_type": "a decaying schedule would starve later files; the rate is constant after warmup_steps",
+    "warmup_ratio": "a share of an unknown total has no meaning in a run without an end. Set warmup_steps",
+    "resume_from_checkpoint": "every file resumes from the newest verified checkpoint",
+    "output_dir": "the model is current_model/ of the home. Use --home",
+    "auto_find_batch_size": "it trains rows twice; out of memory is handled at the same batch_size",
+    "save_strategy": "every file ends in a checkpoint. Set save_steps for those in between",
+    "ignore_data_skip": "the plan decides which rows a step trains",
+}
+
+
+def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
+    """The settings in force; BadConfig names the key, its source, what is wrong and what is right."""
+    layers: list[tuple[str, dict[str, Any]]] = [
+        (path.name, _from_file(path)),
+        ("environment", _from_environment(os.environ)),
+        ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
+    ]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        for key, value in layer.items():
+            values[key] = _checked(key, value, source)
+            sources[key] = source
+    settings = Settings(
+        **{
+            name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values})
+            for name, section in SECTIONS.items()
+        },
+        sources=sources,
+    )
+    _check_together(settings)
+    return dataclasses.replace(settings, model=_found_folder(settings.model, path.parent))
+
+
+def _found_folder(model: ModelSettings, home: Path) -> ModelSettings:
+    """A base model that is a folder, by its absolute path: from here or from the home."""
+    for folder in (Path(model.base_model).expanduser(), home / model.base_model):
+        if folder.is_dir():
+            return dataclasses.replace(model, base_model=str(folder.resolve()))
+    return model
+
+
+def unpinned(base_model: str) -> str:
+    """A hub name without the commit that the lineage pinned it to; a folder as it is."""
+    return base_model if base_model.startswith("/") else base_model.partition("@")[0]
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
+    found = {}
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            raise BadConfig(
+                f"{path.name} has an unknown section [{section}]", hint=_did_you_mean(section, list(SECTIONS))
+            )
+        if not isinstance(table, dict):
+            raise BadConfig(f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own")
+        found.update({f"{section}.{key}": value for key, value in table.items()})
+    return found
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, value in environment.items():
+        section, _, key = name.removeprefix(ENVIRONMENT).lower().partition("_")
+        if name.startswith(ENVIRONMENT) and name not in NOT_SETTINGS and section in SECTIONS:
+            found[f"{section}.{key}"] = value
+    return found
+
+
+def _checked(key: str, value: Any, source: str) -> Any:
+    section, _, name = key.partition(".")
+    known = {f.name: f for f in fields(SECTIONS[section])}
+    if name in REFUSED:
+        raise BadConfig(f"{name} ({source}) is not a setting: {REFUSED[name]}")
+    if name not in known:
+        raise BadConfig(f"unknown setting {key} ({source})", hint=_did_you_mean(name, list(known)))
+    default = known[name].default
+    try:
+        converted = _convert(value, default)
+    except (TypeError, ValueError):
+        kind = "list of words" if isinstance(default, tuple) else type(default).__name__
+        raise BadConfig(f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}") from None
+    _check_limits(key, converted, known[name].metadata, source)
+    return converted
+
+
+def _convert(value: Any, default: Any) -> Any:
+    """`value` as the type of `default`; words are read as the type that is wanted, never the other way."""
+    if isinstance(default, bool):
+        return _to_bool(value)
+    if isinstance(default, tuple):
+        words = value.replace(",", " ").split() if isinstance(value, str) else [str(word) for word in value]
+        return tuple(word for word in words if word != "none")
+    if isinstance(default, int):
+        return _to_int(value)
+    if isinstance(default, float):
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _to_bool(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise TypeError
+
+
+def _to_int(value: Any) -> int:
+    number = float(value) if not isinstance(value, bool) else None
+    if number is None or number != int(number):
+        raise TypeError
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def _check_limits(key: str, value: Any, limits: Mapping[str, Any], source: str) -> None:
+    if limits.get("one_of") and value not in limits["one_of"]:
+        raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}")
+    least, most = limits.get("least"), limits.get("most")
+    if isinstance(value, float) and value != value:
+        raise BadConfig(f"{key} = {value!r} ({source}) is not a number")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it must be {_range_words(least, most)}")
+
+
+def _range_words(least: float | None, most: float | None) -> str:
+    return f"at least {least}" if most is None else f"between {least} and {most}"
+
+
+def _check_together(settings: Settings) -> None:
+    train = settings.train
+    at_once = train.per_device_train_batch_size
+    if at_once and train.batch_size % at_once:
+        raise BadConfig(
+            f"train.batch_size = {train.batch_size} is not a multiple of"
+            f" train.per_device_train_batch_size = {at_once}",
+            hint="every step must train exactly batch_size rows; choose a divisor",
+        )
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'nothing yet'}"
+
+
+def changes(old: Settings, new: Settings) -> list[str]:
+    """What differs, as "train.learning_rate 2e-05 -> 1e-05", for the log."""
+    return [
+        f"{name}.{f.name} {getattr(getattr(old, name), f.name)!r} -> {getattr(getattr(new, name), f.name)!r}"
+        for name in SECTIONS
+        for f in dataclasses.fields(getattr(old, name))
+        if getattr(getattr(old, name), f.name) != getattr(getattr(new, name), f.name)
+    ]

@@ -1,0 +1,141 @@
+"""What the parts of the daemon share: where things are, what holds, and who to tell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from longrun import archive, checkpoint, config
+from longrun.errors import BadConfig
+from longrun.job import WAITING, Job, JobState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longrun.config import Settings
+    from longrun.home import Home
+    from longrun.journal import Journal
+    from longrun.ledger import Ledger
+
+
+@dataclass
+class Context:
+    home: Home
+    settings: Settings
+    flags: dict[str, Any]
+    ledger: Ledger
+    journal: Journal
+    verifier: checkpoint.Verifier
+    problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
+    rejected_now: int = 0  # since this daemon started
+    trained_now: int = 0
+    only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
+    begun: int = 0  # the job that the model is in the middle of
+    _settings_seen: tuple[int, ...] = (0,)
+
+    def waiting(self, *states: JobState, limit: int) -> list[Job]:
+        """The first jobs that wait for their turn; a job the model is in the middle of comes first anyway."""
+        states = states or tuple(WAITING)
+        if self.only is None:
+            return self.ledger.in_state(*states, limit=limit)
+        asked = self.only | {self.begun}
+        wanted = [job for job in self.ledger.in_state(*states) if job.number in asked]
+        return wanted[:limit]
+
+    def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
+        self.journal.say(event, text, level=level, **facts)
+
+    def problem(self, kind: str, text: str) -> None:
+        """Raise a visible problem; it is told once, and stays in status until solved."""
+        if self.problems.get(kind) != text:
+            self.problems[kind] = text
+            self.say("problem", text, level="error", kind=kind)
+
+    def solved(self, kind: str) -> None:
+        if self.problems.pop(kind, None) is not None:
+            self.say("solved", f"{kind}: solved")
+
+    def newest(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted."""
+        newest = checkpoint.newest(
+            self.home, self.verifier, lambda text: self.say("checkpoint damaged", text, level="error")
+        )
+        here = newest.lineage.in_progress if newest else None
+        self.begun = here.plan.job if here else 0
+        return newest
+
+    def base_model(self, newest: checkpoint.Checkpoint | None) -> str:
+        """What the model grew from: told by the lineage once there is one, by the settings before."""
+        return newest.lineage.base_model if newest else self.settings.model.base_model
+
+    def reload_settings(self, newest: checkpoint.Checkpoint | None) -> None:
+        """Take up an edited longrun.toml; one that is wrong changes nothing and raises a problem."""
+        seen = _signature(self.home.settings)
+        if seen == self._settings_seen:
+            return
+        self._settings_seen = seen
+        try:
+            fresh = config.load(self.home.settings, flags=self.flags)
+            if newest is not None:
+                check_base(fresh, newest)
+        except BadConfig as error:
+            self.problem("settings", f"{error}. The former settings stay in force")
+            return
+        self.solved("settings")
+        for change in config.changes(self.settings, fresh):
+            self.say("setting changed", f"from the next file on: {change}")
+        self.settings = fresh
+
+    def finish(self, job: Job) -> None:
+        """The lineage says that the job was trained: book it and put the file away."""
+        done = self.ledger.move(job, JobState.TRAINED, attempts=0)
+        self.trained_now += 1
+        archive.put_away(self.home, done)
+
+    def reject(self, job: Job, reason: dict[str, Any]) -> None:
+        """End the job without training (the rest of) its file; the reason goes with the file."""
+        text = _in_words(reason)
+        refused = self.ledger.move(job, JobState.REJECTED, reason=json.dumps(reason))
+        self.rejected_now += 1
+        place = archive.put_away(self.home, refused)
+        self.say(
+            "rejected",
+            f"{job.name} is rejected: {text} (kept as rejected/{place.name if place else job.name})",
+            level="warning",
+            job=job.number,
+            file=job.name,
+            reason=reason,
+        )
+
+    def sweep(self) -> None:
+        """Apply the retention of trained/ and rejected/, which is off by default."""
+        for path in archive.expired(self.home, self.settings.inbox.keep_days):
+            path.unlink(missing_ok=True)
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def check_base(settings: Settings, newest: checkpoint.Checkpoint) -> None:
+    """BadConfig when the settings name another base model than the current model grew from."""
+    wanted, grown = settings.model.base_model, newest.lineage.base_model
+    given = settings.sources.get("model.base_model")
+    if given and wanted != config.unpinned(grown):
+        raise BadConfig(
+            f"base_model is {wanted} ({given}), but the current model grew from {grown}",
+            hint="to begin anew: `python3 backup_manager.py backup current_model/ --type pre_recovery`,"
+            " then `rm -rf current_model/`; to go on: take base_model back",
+        )
+
+
+def _in_words(reason: dict[str, Any]) -> str:
+    place = [f"line {reason['line']}" if "line" in reason else "", f"byte {reason['byte']}" if "byte" in reason else ""]
+    where = ", ".join(part for part in [*place, str(reason.get("field", ""))] if part)
+    text = f"{where}: {reason['why']}" if where else str(reason["why"])
+    return f"{text}. Fix: {reason['fix']}" if reason.get("fix") else text

@@ -1,0 +1,267 @@
+"""Durable file operations. Nothing else in Longrun renames, syncs or deletes what another process may read.
+
+The rule is complete or absent: write aside, fsync, rename, fsync the folder. Under its final name a thing is
+whole and never changes. rename(2) is atomic; it is durable only after the folder it went into was fsynced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from longrun.errors import Locked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
+FICLONE = 0x40049409  # ioctl_ficlone(2): share blocks, copy on write
+CHUNK_BYTES = 1 << 18  # stays in the processor's cache: faster than larger buffers, measured
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything below `folder` durable, contents before names."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            sync_tree(entry)
+        else:
+            sync_file(entry)
+    sync_folder(folder)
+
+
+def aside(path: Path) -> Path:
+    """A name beside `path`, hidden, that nobody else uses."""
+    return path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step. `durable=False` is for what is only a note, such as status."""
+    temporary = aside(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move within one file system, durably. An existing file or empty folder at `target` is replaced."""
+    source.rename(target)
+    sync_folder(target.parent)
+    if source.parent != target.parent:
+        sync_folder(source.parent)
+
+
+def rename_into(source: Path, name: str, folder: int) -> None:
+    """Move `source` to `name` in the folder that the descriptor holds open, durably.
+
+    A folder that was removed meanwhile takes no new names (FileNotFoundError), even if another one stands
+    at its path by now: that is what keeps a deleted model from coming back.
+    """
+    os.rename(source, name, dst_dir_fd=folder)
+    os.fsync(folder)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of `source` to a new file at `target`, complete or absent."""
+    temporary = aside(target)
+    try:
+        shutil.copyfile(source, temporary)
+        sync_file(temporary)
+        rename(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Make new `target` hold the bytes of `source` without storing them twice where the file system can.
+
+    Cloned blocks stay apart under any later write. The second choice, a hard link, is safe only for files
+    that are replaced and never rewritten: safetensors are, torch.save's and json's are not.
+    """
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+            os.fsync(new.fileno())
+        except OSError:
+            target.unlink()
+            os.link(source, target)
+
+
+def remove_tree(folder: Path, trash: Path) -> None:
+    """Delete `folder`; it leaves its name in one step, so a half-deleted one is never met under it."""
+    trash.mkdir(parents=True, exist_ok=True)
+    doomed = trash / f"removed-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete what is in `folder`: remains of something that was cut off."""
+    for entry in list(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of the file, as hex; `on_bytes` hears of each piece read, for heartbeats."""
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            on_bytes(count)
+    return digest.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes an unprivileged writer may still use where `folder` lives."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def tree_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a history file. A line cut off by a crash is closed first, so it harms only itself."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+
+
+class Lock:
+    """A kernel lock held for life: it is gone with its process, however that ends.
+
+    The file's content only says who holds it; the truth is the flock. The descriptor is not inherited by
+    children, so a worker that outlives the daemon does not keep the daemon's lock.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def take(cls, path: Path, *, what: str, wait_s: float = 0.6) -> Self:
+        """The lock, or Locked naming the holder. The short wait outlasts `holder`, which tries the lock."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + wait_s
+        while not _try_flock(descriptor):
+            if time.monotonic() >= deadline:
+                note = _read_note(descriptor)
+                os.close(descriptor)
+                raise Locked(
+                    f"cannot start {what}: {path.parent.parent} is held by {note.get('what', 'another process')}"
+                    f" (pid {note.get('pid', '?')}, since {note.get('since', '?')})",
+                    hint="use that one, or `daemon.py stop` it first",
+                )
+            time.sleep(0.02)
+        lock = cls(path, descriptor)
+        lock._write_note(what)
+        return lock
+
+    def _write_note(self, what: str) -> None:
+        note = {"pid": os.getpid(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock at `path` right now; None when nobody does."""
+    with _opened(path) as descriptor:
+        if descriptor is None or _try_flock(descriptor):
+            return None
+        return _read_note(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_note(descriptor: int) -> dict[str, Any]:
+    try:
+        note = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere the socket's end tells)."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

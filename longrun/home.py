@@ -1,0 +1,113 @@
+"""The home: one folder that holds inbox, model, history and the daemon's own state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Home:
+    root: Path
+
+    @property
+    def inbox(self) -> Path:
+        return self.root / "inbox"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "current_model"
+
+    @property
+    def trained(self) -> Path:
+        return self.root / "trained"
+
+    @property
+    def rejected(self) -> Path:
+        return self.root / "rejected"
+
+    @property
+    def backups(self) -> Path:
+        return self.root / "backups"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def log(self) -> Path:
+        return self.logs / "daemon.log"
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "longrun.toml"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def jobs(self) -> Path:
+        """One folder a job: claimed/NAME (bytes fixed) and prepared/ (tokens)."""
+        return self.state / "jobs"
+
+    @property
+    def staging(self) -> Path:
+        """Where checkpoints are written before they are complete; same file system as the model."""
+        return self.state / "staging"
+
+    @property
+    def set_aside(self) -> Path:
+        """Damaged checkpoints and remains of a removed model: never read again, kept for a person."""
+        return self.state / "set_aside"
+
+    @property
+    def requests(self) -> Path:
+        """What operators asked for: pause (stays until resume), stop, skip."""
+        return self.state / "requests"
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "ledger.sqlite3"
+
+    @property
+    def status(self) -> Path:
+        return self.state / "status.json"
+
+    @property
+    def events(self) -> Path:
+        return self.state / "events.jsonl"
+
+    @property
+    def daemon_lock(self) -> Path:
+        return self.state / "daemon.lock"
+
+    @property
+    def model_lock(self) -> Path:
+        return self.state / "model.lock"
+
+    def job(self, number: int) -> Path:
+        return self.jobs / f"{number:06d}"
+
+    def claimed(self, number: int) -> Path:
+        return self.job(number) / "claimed"
+
+    def prepared(self, number: int) -> Path:
+        return self.job(number) / "prepared"
+
+    def make(self) -> None:
+        """Create the folders that are missing; state/ is for the owner only. current_model/ is not made here:
+        it appears whole with the first checkpoint.
+        """
+        for folder in (self.inbox, self.trained, self.rejected, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.state.mkdir(mode=0o700, exist_ok=True)
+        self.state.chmod(0o700)
+        for folder in (self.jobs, self.staging, self.requests):
+            folder.mkdir(exist_ok=True)
+
+
+def find_home(flag: str | None) -> Home:
+    """--home, else LONGRUN_HOME, else the current directory; with symbolic links resolved once."""
+    return Home(Path(flag or os.environ.get("LONGRUN_HOME") or ".").resolve())

@@ -1,0 +1,292 @@
+"""The inbox: which files have settled, and the move that makes them ours.
+
+The folder's listing is the truth. watchdog only rings a bell: every event, fault or silence of it costs at
+most `scan_s` seconds. A file has settled when nobody holds it open for writing and nothing about it changed
+for a while.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longrun import disk
+from longrun.job import Job, JobState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from watchdog.observers.api import BaseObserver
+
+    from longrun.config import InboxSettings
+    from longrun.home import Home
+
+ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
+TEMPORARY = re.compile(r"^[.~#]|\.(part|crdownload|tmp|swp|filepart)$|~$", re.IGNORECASE)
+CLAIM_AT_ONCE = 500  # files a tick: bounds the tick, not the inbox
+
+Signature = tuple[int, int, int, int, int]
+
+
+@dataclass
+class _Seen:
+    signature: Signature
+    since: float  # monotonic seconds
+
+
+class Inbox:
+    def __init__(self, home: Home, settings: InboxSettings, say: Callable[..., None]) -> None:
+        self._home = home
+        self._settings = settings
+        self._say = say
+        self._seen: dict[str, _Seen] = {}
+        self._written: set[str] = set()
+        self._told: set[str] = set()
+
+    @property
+    def settling(self) -> list[str]:
+        """Files in the inbox that are not claimed yet, for status."""
+        return sorted(self._seen)
+
+    @property
+    def being_written(self) -> list[str]:
+        """Those among them that another process holds open for writing."""
+        return sorted(self._written)
+
+    def scan(self, now: float) -> list[str]:
+        """Look at every entry; the names that have settled, oldest first."""
+        self._home.inbox.mkdir(exist_ok=True)
+        present: dict[str, Signature] = {}
+        with os.scandir(self._home.inbox) as entries:
+            for entry in entries:
+                if self._is_candidate(entry):
+                    present.update(_look(entry))
+        self._seen = {name: self._still(name, signature, now) for name, signature in present.items()}
+        self._written &= present.keys()
+        self._told &= present.keys() | {name for name in self._told if (self._home.inbox / name).is_symlink()}
+        settled = [name for name in present if self._has_settled(name, now)]
+        return sorted(settled, key=lambda name: (present[name][3], os.fsencode(name)))
+
+    def next_look(self, now: float) -> float:
+        """Seconds until a scan could find something new without any event."""
+        waits = [seen.since + self._settings.settle_s - now for seen in self._seen.values()]
+        return max(0.02, min([self._settings.scan_s, *(wait for wait in waits if wait > 0)]))
+
+    def _is_candidate(self, entry: os.DirEntry[str]) -> bool:
+        if TEMPORARY.search(entry.name) or entry.name == "@eaDir":
+            return False
+        if entry.is_symlink():
+            return self._leave(entry.name, "it is a symbolic link", "copy the file itself")
+        if entry.is_dir(follow_symlinks=False):
+            return self._leave(entry.name, "it is a folder", f"cp {entry.name}/*.jsonl inbox/")
+        if not ACCEPTED.search(entry.name):
+            return self._leave(entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it")
+        if not entry.is_file(follow_symlinks=False):
+            return self._leave(entry.name, "it is not a regular file", "copy the content into one")
+        return True
+
+    def _leave(self, name: str, why: str, fix: str) -> bool:
+        if name not in self._told:
+            self._told.add(name)
+            self._say("left", f"inbox/{name} is left alone: {why}. {fix}", level="warning", file=name)
+        return False
+
+    def _still(self, name: str, signature: Signature, now: float) -> _Seen:
+        before = self._seen.get(name)
+        return before if before is not None and before.signature == signature else _Seen(signature, now)
+
+    def _has_settled(self, name: str, now: float) -> bool:
+        quiet_s = now - self._seen[name].since
+        if quiet_s < self._settings.settle_s:
+            return False
+        writer = has_writer(self._home.inbox / name)
+        if writer is None:  # leases do not work here: only time can tell
+            return quiet_s >= self._settings.settle_without_lease_s
+        (self._written.add if writer else self._written.discard)(name)
+        return not writer
+
+    # -- claiming
+
+    def claim(self, names: list[str], first_number: int) -> list[Job]:
+        """Move settled files into job folders of their own, durably; what vanished meanwhile is passed over.
+
+        The folder is the record: a crash right after the rename leaves a job folder that `unrecorded` finds.
+        """
+        jobs: list[Job] = []
+        for name in names[:CLAIM_AT_ONCE]:
+            number = first_number + len(jobs)
+            if self._claim_one(name, number):
+                jobs.append(claimed_job(number, name))
+                self._seen.pop(name, None)
+        if jobs:
+            for job in jobs:
+                disk.sync_tree(self._home.job(job.number))
+            disk.sync_folder(self._home.jobs)
+            disk.sync_folder(self._home.inbox)
+        return jobs
+
+    def _claim_one(self, name: str, number: int) -> bool:
+        source, folder = self._home.inbox / name, self._home.claimed(number)
+        if self._is_left_over(source):
+            source.unlink()
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            source.rename(folder / name)
+        except FileNotFoundError:
+            return _undo(folder)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy_across(source, folder / name, number)
+            return True
+        if has_writer(folder / name) and self._give_back(folder / name, source):
+            return _undo(folder)
+        if (folder / name).stat().st_nlink > 1:  # another name leads to these bytes: take our own
+            disk.copy_file(folder / name, folder / name)
+        return True
+
+    def _give_back(self, claimed: Path, source: Path) -> bool:
+        """A writer opened the file between look and move: let it finish. False when the name is taken again."""
+        try:
+            os.link(claimed, source)
+        except FileExistsError:
+            return False
+        claimed.unlink()
+        return True
+
+    # An inbox on another file system cannot be renamed out of: the copy becomes ours, with a note of what
+    # was copied, before the original goes. A crash in between leaves an original that the note recognises.
+
+    def _copy_across(self, source: Path, target: Path, number: int) -> None:
+        signature = _signature(source.lstat())
+        disk.copy_file(source, target)
+        disk.write_file(self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode())
+        disk.sync_tree(self._home.job(number))
+        disk.sync_folder(self._home.jobs)
+        source.unlink()
+
+    def _is_left_over(self, source: Path) -> bool:
+        if source.lstat().st_dev == self._home.jobs.stat().st_dev:
+            return False
+        mark = [source.name, *_signature(source.lstat())]
+        return any(json.loads(note.read_bytes()) == mark for note in self._home.jobs.glob("*/origin.json"))
+
+
+def claimed_job(number: int, name: str) -> Job:
+    return Job(number=number, name=name, state=JobState.CLAIMED, arrived_at=time.time())
+
+
+def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
+    """Claimed files whose job folder the ledger does not know: the crash came between move and record."""
+    found = []
+    for folder in sorted(home.jobs.iterdir()):
+        if folder.name.isdecimal() and not known(int(folder.name)):
+            claimed = list((folder / "claimed").glob("*")) if (folder / "claimed").is_dir() else []
+            if claimed:
+                found.append(claimed_job(int(folder.name), claimed[0].name))
+            else:
+                disk.remove_tree(folder, home.staging)
+    return found
+
+
+def has_writer(path: Path) -> bool | None:
+    """Whether any process holds the file open for writing; None where that cannot be known.
+
+    A read lease is refused while there is a writer, whatever name it came by (fcntl(2), F_SETLEASE). The lease
+    is given back at once, so no writer is kept waiting. SIGIO must be ignored by the process.
+    """
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _look(entry: os.DirEntry[str]) -> dict[str, Signature]:
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return {}
+    return {entry.name: _signature(found)} if stat.S_ISREG(found.st_mode) else {}
+
+
+def _signature(found: os.stat_result) -> Signature:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _undo(folder: Path) -> bool:
+    folder.rmdir()
+    folder.parent.rmdir()
+    return False
+
+
+class Bell:
+    """Rings when something happens in the inbox. It may fail in any way: the scan every few seconds does not."""
+
+    def __init__(self, home: Home, ring: Callable[[], None], say: Callable[..., None]) -> None:
+        self._home = home
+        self._ring = ring
+        self._say = say
+        self._observer: BaseObserver | None = None
+        self._watched: tuple[int, int] | None = None
+        self._silent = False
+
+    def check(self) -> None:
+        """See that the folder that is watched is the one at the inbox's path, and that the watcher lives."""
+        if self._silent:
+            return
+        there = self._home.inbox.stat()
+        alive = self._observer is not None and self._observer.is_alive() and all(
+            emitter.is_alive() for emitter in self._observer.emitters
+        )
+        if not alive or (there.st_dev, there.st_ino) != self._watched:
+            self.stop()
+            self._start((there.st_dev, there.st_ino))
+
+    def _start(self, folder: tuple[int, int]) -> None:
+        from watchdog.events import FileSystemEvent, FileSystemEventHandler
+        from watchdog.observers import Observer
+
+        ring = self._ring
+
+        class Ring(FileSystemEventHandler):
+            def on_any_event(self, event: FileSystemEvent) -> None:  # noqa: ARG002
+                ring()
+
+        observer = Observer()
+        try:
+            observer.schedule(Ring(), str(self._home.inbox), recursive=False)
+            observer.start()
+        except OSError as error:
+            self._silent = True
+            self._say(
+                "watch failed",
+                f"cannot watch the inbox ({error}): it is listed every few seconds instead."
+                " Raise fs.inotify.max_user_instances or max_user_watches with sysctl for quicker pick-up",
+                level="warning",
+            )
+            return
+        self._observer, self._watched = observer, folder
+
+    def stop(self) -> None:
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer = None

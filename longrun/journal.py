@@ -1,0 +1,108 @@
+"""The one voice of the daemon: each event is a line for people and a line for machines.
+
+logs/daemon.log and stderr get the sentence, state/events.jsonl the facts. Names come from files that
+anybody may have dropped, so control characters never reach a terminal or fake a line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from longrun import disk
+
+if TYPE_CHECKING:
+    from longrun.config import LogSettings
+    from longrun.home import Home
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with everything that is not plainly printable shown as an escape."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Journal:
+    def __init__(self, home: Home, settings: LogSettings) -> None:
+        self._home = home
+        self._settings = settings
+        self._logger = logging.getLogger("longrun")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        self._logger.handlers = _handlers(home, settings)
+        self._bar = _Bar() if sys.stderr.isatty() and settings.format == "text" else None
+        self._next_progress = 0.0
+
+    def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
+        """Tell one event. `facts` are for machines; the text must say by itself what a person needs."""
+        record = {"time": utc_now(), "level": level, "event": event, "message": text, **facts}
+        if self._bar is not None:
+            self._bar.clear()
+        self._logger.log(logging.getLevelNamesMapping()[level.upper()], printable(text), extra={"facts": record})
+        try:
+            disk.append_line(self._home.events, json.dumps(record, ensure_ascii=True))
+        except OSError as error:  # a full disk pauses training; it must not silence the log as well
+            self._logger.warning("state/events.jsonl cannot be written: %s", error)
+
+    def progress(self, *, name: str, done: int, planned: int, loss: float | None, text: str) -> None:
+        """How far a job is: a bar on a terminal, a line now and then elsewhere."""
+        if self._bar is not None:
+            self._bar.show(printable(name), done, planned, loss)
+        elif time.monotonic() >= self._next_progress:
+            self._next_progress = time.monotonic() + self._settings.progress_s
+            self._logger.info(printable(text), extra={"facts": {"time": utc_now(), "event": "progress", "message": text}})
+
+    def progress_over(self) -> None:
+        """The next job tells its first step at once."""
+        self._next_progress = 0.0
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _handlers(home: Home, settings: LogSettings) -> list[logging.Handler]:
+    rotated = logging.handlers.RotatingFileHandler(
+        home.log, maxBytes=settings.max_bytes, backupCount=settings.keep, encoding="utf-8", errors="backslashreplace"
+    )
+    formatter = _Json() if settings.format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), rotated]
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    return handlers
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(getattr(record, "facts", {"message": record.getMessage()}), ensure_ascii=True)
+
+
+class _Bar:
+    """A progress bar that makes room for log lines."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._make = tqdm
+        self._bar: Any = None
+
+    def show(self, name: str, done: int, planned: int, loss: float | None) -> None:
+        if self._bar is None:
+            self._bar = self._make(total=planned, initial=done, unit="step", desc=name[:40], leave=False)
+        self._bar.n = done
+        self._bar.set_postfix_str("" if loss is None else f"loss {loss:.4f}")
+
+    def clear(self) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,149 @@
+"""The ledger: which jobs there are and how far each has come. One method is one transaction.
+
+It is an index. What was trained is written in the model's lineage, what was claimed lies in state/jobs/;
+a ledger that was deleted is rebuilt from those.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from importlib.resources import files
+from typing import TYPE_CHECKING, Self
+
+from longrun.errors import BadConfig
+from longrun.job import Job, JobState, check_move
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+_COLUMNS = "number, name, state, arrived_at, sha256, rows, format, attempts, reason"
+
+
+class Ledger:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The ledger at `path`, made if missing; a file that is no database is refused, never overwritten."""
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = full")
+            connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            raise BadConfig(
+                f"cannot open the ledger {path}: {error}",
+                hint=f"move it away (mv {path} {path}.damaged); it is rebuilt from the model and state/jobs/",
+            ) from None
+        return cls(connection)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- reading
+
+    def get(self, number: int) -> Job | None:
+        return next(iter(self._jobs("where number = ?", number)), None)
+
+    def in_state(self, *states: JobState, limit: int = -1) -> list[Job]:
+        """Jobs in any of these states, in order of arrival."""
+        marks = ", ".join("?" * len(states))
+        return self._jobs(f"where state in ({marks}) order by number limit ?", *states, limit)
+
+    def count(self, *states: JobState) -> int:
+        marks = ", ".join("?" * len(states))
+        (count,) = self._row(f"select count(*) from job where state in ({marks})", *states)  # noqa: S608
+        return int(count)
+
+    def same_content(self, job: Job) -> Job | None:
+        """The latest earlier job with the same bytes."""
+        return next(
+            iter(self._jobs("where sha256 = ? and number < ? order by number desc limit 1", job.sha256, job.number)),
+            None,
+        )
+
+    def highest_number(self) -> int:
+        (number,) = self._row("select coalesce(max(number), 0) from job")
+        return int(number)
+
+    def fact(self, name: str) -> str | None:
+        row = self._db.execute("select value from fact where name = ?", (name,)).fetchone()
+        return row[0] if row else None
+
+    # -- writing
+
+    def claim(self, jobs: Iterable[Job]) -> None:
+        with self._transaction():
+            self._db.executemany(
+                f"insert or ignore into job ({_COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                [_to_row(job) for job in jobs],
+            )
+
+    def move(self, job: Job, target: JobState, **facts: object) -> Job:
+        """Take the job to `target`, storing what was learnt about it; returns it as it is now."""
+        check_move(job, target)
+        moved = replace(job, state=target, **facts)  # type: ignore[arg-type]
+        with self._transaction():
+            self._db.execute(f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(moved))  # noqa: S608
+        return moved
+
+    def note(self, job: Job, **facts: object) -> Job:
+        """Store facts about the job without moving it."""
+        noted = replace(job, **facts)  # type: ignore[arg-type]
+        with self._transaction():
+            self._db.execute(f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(noted))  # noqa: S608
+        return noted
+
+    def set_fact(self, name: str, value: str) -> None:
+        with self._transaction():
+            self._db.execute("insert or replace into fact values (?, ?)", (name, value))
+
+    # -- plumbing
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
+
+    def _jobs(self, where: str, *values: object) -> list[Job]:
+        with closing(self._db.execute(f"select {_COLUMNS} from job {where}", values)) as cursor:  # noqa: S608
+            return [_from_row(row) for row in cursor]
+
+    def _row(self, query: str, *values: object) -> tuple[object, ...]:
+        row: tuple[object, ...] = self._db.execute(query, values).fetchone()
+        return row
+
+
+class _Transaction:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    def __enter__(self) -> None:
+        self._db.execute("begin immediate")
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self._db.execute("rollback" if kind else "commit")
+
+
+def _to_row(job: Job) -> tuple[object, ...]:
+    return (
+        job.number,
+        os.fsencode(job.name),
+        job.state.value,
+        job.arrived_at,
+        job.sha256,
+        job.rows,
+        job.format,
+        job.attempts,
+        job.reason,
+    )
+
+
+def _from_row(row: tuple[object, ...]) -> Job:
+    number, name, state, *rest = row
+    values = dict(zip(("arrived_at", "sha256", "rows", "format", "attempts", "reason"), rest, strict=True))
+    return Job(number=number, name=os.fsdecode(name), state=JobState(state), **values)  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+"""What the weights have seen, told by the model itself.
+
+A lineage is written inside each checkpoint, in the same commit as the weights, so that deleting, restoring
+or copying the model moves the truth along with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from longrun.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file in the model's life. `done_steps` < `planned_steps` only when it was skipped or failed."""
+
+    job: int
+    name: str
+    sha256: str
+    rows: int
+    held_out_rows: int
+    epochs: int
+    batch_size: int
+    seed: int
+    base_step: int
+    planned_steps: int
+    target_step: int
+    done_steps: int
+    outcome: str  # "trained", or "ended early"
+    finished_at: str  # ISO 8601, UTC
+    final_loss: float | None  # of the last step
+    mean_loss: float | None  # over all steps of the job
+    eval_loss: float | None  # mean per trained token of the held-out rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class InProgress:
+    """The job that the weights are in the middle of."""
+
+    plan: Plan
+    done_steps: int
+    loss_sum: float  # over the steps done, so that the job's mean loss survives a crash exactly
+    last_loss: float | None
+
+    @property
+    def global_step(self) -> int:
+        return self.plan.base_step + self.done_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    lineage: str  # unlike that of any other model
+    base_model: str  # what it grew from, pinned
+    global_step: int = 0
+    files: tuple[FileRecord, ...] = ()
+    in_progress: InProgress | None = None
+
+    def has_trained(self, job: int, sha256: str) -> bool:
+        """Whether this job's file was trained to its end; the hash keeps another home's numbers apart."""
+        return any(
+            (record.job, record.sha256, record.outcome) == (job, sha256, "trained") for record in self.files
+        )
+
+    def plan_in_progress(self, job: int, sha256: str) -> InProgress | None:
+        here = self.in_progress
+        return here if here is not None and (here.plan.job, here.plan.sha256) == (job, sha256) else None
+
+    def at(self, progress: InProgress) -> Lineage:
+        """This lineage with the job at `progress`; any other job in progress is closed as ended early."""
+        before = self
+        if self.in_progress is not None and self.in_progress.plan.job != progress.plan.job:
+            before = self.ended(self.in_progress, outcome="ended early", finished_at="", eval_loss=None)
+        return replace(before, global_step=progress.global_step, in_progress=progress)
+
+    def ended(
+        self, progress: InProgress, *, outcome: str, finished_at: str, eval_loss: float | None
+    ) -> Lineage:
+        """This lineage with the job of `progress` among the files that are over."""
+        plan = progress.plan
+        record = FileRecord(
+            job=plan.job,
+            name=plan.name,
+            sha256=plan.sha256,
+            rows=plan.rows,
+            held_out_rows=plan.held_out_rows,
+            epochs=plan.recipe.epochs,
+            batch_size=plan.recipe.batch_size,
+            seed=plan.recipe.seed,
+            base_step=plan.base_step,
+            planned_steps=plan.planned_steps,
+            target_step=plan.target_step,
+            done_steps=progress.done_steps,
+            outcome=outcome,
+            finished_at=finished_at,
+            final_loss=progress.last_loss,
+            mean_loss=progress.loss_sum / progress.done_steps if progress.done_steps else None,
+            eval_loss=eval_loss,
+        )
+        return replace(
+            self, global_step=progress.global_step, files=(*self.files, record), in_progress=None
+        )
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        if self.in_progress is not None:
+            values["in_progress"]["planned_steps"] = self.in_progress.plan.planned_steps
+            values["in_progress"]["target_step"] = self.in_progress.plan.target_step
+        return json.dumps(values, indent=1, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Lineage:
+        """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one."""
+        values: dict[str, Any] = json.loads(text)
+        here = values["in_progress"]
+        return cls(
+            lineage=values["lineage"],
+            base_model=values["base_model"],
+            global_step=values["global_step"],
+            files=tuple(FileRecord(**record) for record in values["files"]),
+            in_progress=here
+            and InProgress(
+                plan=Plan.from_dict(here["plan"]),
+                done_steps=here["done_steps"],
+                loss_sum=here["loss_sum"],
+                last_loss=here["last_loss"],
+            ),
+        )

@@ -1,0 +1,365 @@
+"""The daemon's loop: the one place that knows the order of things.
+
+A life in three verbs: `_start`, `tick` until it says "leave", `_leave`. A tick is a list of calls, none of which
+blocks; whatever it was doing when the process dies, the next start finds the same situation on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import sqlite3
+import time
+from typing import TYPE_CHECKING, Any
+
+from longrun import archive, checkpoint, disk, inbox, requests, status
+from longrun.errors import BadModel, ModelRemoved
+from longrun.job import FINAL, WAITING, Job, JobState
+from longrun.notify import Notifier
+from longrun.preparation import Preparation
+from longrun.runs import Runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import FrameType
+
+    from longrun.checkpoint import Checkpoint
+    from longrun.context import Context
+
+TICK_S = 0.5
+REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
+ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
+QUEUE_SHOWN = 100
+
+
+class Daemon:
+    def __init__(self, context: Context, *, drain: bool = False, by_hand: list[Path] | None = None) -> None:
+        self._context = context
+        self._drain = drain
+        self._by_hand = by_hand
+        self._inbox = inbox.Inbox(context.home, context.settings.inbox, context.say)
+        self._bell = inbox.Bell(context.home, self._ring, context.say)
+        self._preparation = Preparation(context)
+        self._runs = Runs(context)
+        self._notifier = Notifier()
+        self._newest: Checkpoint | None = None  # as last seen; the disk is asked again before every job
+        self._signals = 0
+        self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._scanned = False
+        self._next_scan = 0.0
+        self._paused = False  # by the operator
+        self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
+        self._trouble_over = 0.0  # monotonic: when to look again
+        self._bad_model_since: float | None = None
+        self._told: dict[str, Any] = {}
+        self._told_at = 0.0
+
+    def run(self) -> bool:
+        """Work until asked to leave or, draining, until nothing is left; whether no file was rejected."""
+        with self._signals_handled():
+            self._start()
+            try:
+                while not self.tick(time.monotonic()):
+                    self._wait()
+            finally:
+                self._leave()
+        return self._context.rejected_now == 0
+
+    # -- start and end
+
+    def _start(self) -> None:
+        context = self._context
+        context.say("start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root))
+        requests.clear(context.home, requests.STOP)
+        requests.clear(context.home, requests.SKIP)
+        self._recover()
+        if self._by_hand is not None:
+            context.only = self._admit_by_hand(self._by_hand)
+        self._notifier.say("READY=1")
+
+    def _recover(self) -> None:
+        """Bring folders and ledger in line after whatever ended the last daemon."""
+        context = self._context
+        disk.empty_folder(context.home.staging)
+        context.ledger.claim(inbox.unrecorded(context.home, context.ledger.get))
+        for folder in sorted(context.home.jobs.iterdir()):
+            job = context.ledger.get(int(folder.name)) if folder.name.isdecimal() else None
+            if job is not None and job.state in FINAL:
+                archive.put_away(context.home, job)
+        with contextlib.suppress(BadModel):  # the first tick tells
+            self._newest = context.newest()
+        if self._newest is not None:
+            checkpoint.publish(context.home, self._newest.path)
+            where = f"global step {self._newest.global_step} ({self._newest.path.name}, verified)"
+            context.say("resume", f"the model is at {where}", global_step=self._newest.global_step)
+
+    def _admit_by_hand(self, paths: list[Path]) -> set[int]:
+        """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
+        waiting = self._context.ledger.in_state(JobState.QUEUED, JobState.RUNNING)
+        unfinished = {job.sha256: job.number for job in waiting}
+        return {unfinished.get(disk.hash_file(path)) or self._copy_in(path) for path in paths}
+
+    def _copy_in(self, path: Path) -> int:
+        number = self._next_number()
+        folder = self._context.home.claimed(number)
+        folder.mkdir(parents=True)
+        disk.copy_file(path, folder / path.name)
+        disk.sync_tree(self._context.home.job(number))
+        disk.sync_folder(self._context.home.jobs)
+        self._context.ledger.claim([inbox.claimed_job(number, path.name)])
+        return number
+
+    def _leave(self) -> None:
+        self._notifier.say("STOPPING=1")
+        self._bell.stop()
+        self._runs.abandon()
+        self._preparation.preparer.kill()
+        requests.clear(self._context.home, requests.STOP)
+        with contextlib.suppress(OSError):
+            status.write(self._context.home, self._facts())
+        self._context.say("end", "Longrun has stopped")
+
+    # -- the tick
+
+    def tick(self, now: float) -> bool:
+        """One round; True means leave. A full disk or a model that cannot be used makes training stand still."""
+        try:
+            self._round(now)
+        except (OSError, sqlite3.OperationalError) as error:
+            if not _means_full(error):
+                raise
+            self._stand_still(now, "disk", error)
+        except BadModel as error:
+            self._stand_still(now, "model", error)
+        except ModelRemoved:
+            self._newest = None  # between two looks at it; the next tick begins afresh
+        self._tell_status(now)
+        return self._finished()
+
+    def _round(self, now: float) -> None:
+        self._runs.hear(now)
+        self._preparation.hear(now)
+        self._obey(now)
+        self._runs.check_model()
+        self._claim_settled(now)
+        if now >= self._trouble_over:
+            self._settle_orphans(now)
+            self._preparation.next(now, self._newest)
+            self._train_next(now)
+            self._trouble = self._trouble if self._runs.waits_for_disk else ""
+        if not self._runs.overdue(now):
+            self._notifier.ping(now)
+
+    def _stand_still(self, now: float, trouble: str, error: Exception) -> None:
+        self._context.problem(trouble, f"paused: {trouble}. {error}")
+        self._trouble = trouble
+        self._trouble_over = now + self._context.settings.worker.retry_s
+
+    def _obey(self, now: float) -> None:
+        """What operators and signals ask for: the run ends at its next step boundary, after a checkpoint."""
+        home, run = self._context.home, self._runs.current
+        paused = requests.pending(home, requests.PAUSE) is not None
+        if paused != self._paused:
+            self._paused = paused
+            self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
+        if self._leaving:
+            self._runs.stop("stop", now)
+        elif paused:
+            self._runs.stop("pause", now)
+        skip = requests.pending(home, requests.SKIP)
+        if skip is not None:
+            requests.clear(home, requests.SKIP)
+            if run is not None and run.job.number == skip.get("job"):
+                self._runs.stop("skip", now)
+
+    @property
+    def _leaving(self) -> bool:
+        return self._signals > 0 or requests.pending(self._context.home, requests.STOP) is not None
+
+    @property
+    def _leaving_now(self) -> bool:
+        asked = requests.pending(self._context.home, requests.STOP) or {}
+        return self._signals > 1 or bool(asked.get("now"))
+
+    # -- files in
+
+    def _claim_settled(self, now: float) -> None:
+        if self._by_hand is not None or now < self._next_scan:
+            return
+        self._context.home.inbox.mkdir(exist_ok=True)
+        self._bell.check()
+        settled = self._inbox.scan(now)
+        if settled:
+            self._context.ledger.claim(self._inbox.claim(settled, self._next_number()))
+        self._scanned = True
+        more = len(settled) > inbox.CLAIM_AT_ONCE
+        self._next_scan = now if more else now + self._inbox.next_look(now)
+
+    def _next_number(self) -> int:
+        """A job number that neither ledger, folders nor model know."""
+        home = self._context.home
+        folders = [int(folder.name) for folder in home.jobs.iterdir() if folder.name.isdecimal()]
+        in_model = [record.job for record in self._newest.lineage.files] if self._newest else []
+        return max([self._context.ledger.highest_number(), *folders, *in_model]) + 1
+
+    # -- training
+
+    def _settle_orphans(self, now: float) -> None:
+        """A running job without a run: the last daemon, or a full disk, came between it and the ledger."""
+        if self._runs.current is None:
+            for job in self._context.ledger.in_state(JobState.RUNNING):
+                usable, newest = self._look_at_model(now)
+                if usable and newest is not None and newest.lineage.has_trained(job.number, job.sha256):
+                    self._runs.finish(job, newest)
+                elif usable:
+                    self._context.ledger.move(job, JobState.QUEUED)
+
+    def _train_next(self, now: float) -> None:
+        """Start the first waiting job once its tokens are there; jobs never overtake each other."""
+        if self._runs.current is not None or self._paused or self._leaving:
+            return
+        first = next(iter(self._context.waiting(limit=1)), None)
+        if first is None:
+            return
+        usable, newest = self._look_at_model(now)
+        if not usable:
+            return
+        self._context.reload_settings(newest)
+        self._runs.warm_up(now)
+        facts = self._preparation.is_prepared(first, newest) if first.state is JobState.QUEUED else None
+        if facts is not None:
+            self._check_room(newest)
+            self._runs.start(first, newest, facts, now)
+
+    def _look_at_model(self, now: float) -> tuple[bool, Checkpoint | None]:
+        """Whether the model can be gone on from, and its newest verified checkpoint (None: from the base model).
+
+        BadModel is believed only when it has lasted longer than an `rm -rf current_model/` takes between two
+        files; the remains of one that met a commit are cleared away.
+        """
+        try:
+            newest = self._context.newest()
+        except BadModel:
+            self._bad_model_since = self._bad_model_since or now
+            if now - self._bad_model_since < REMOVAL_GRACE_S:
+                return False, None
+            if not checkpoint.clear_remains(self._context.home):
+                raise
+            newest = None
+        if newest is None and self._newest is not None:
+            self._context.say("model removed", "current_model/ was removed: starting from the base model at step 0", level="warning")
+        self._newest, self._bad_model_since = newest, None
+        self._context.solved("model")
+        return True, newest
+
+    def _check_room(self, newest: Checkpoint | None) -> None:
+        """OSError(ENOSPC) when the next checkpoint would not fit; better to stand still before than in the middle."""
+        need = ROOM_BYTES + (disk.tree_bytes(newest.path) if newest else 0)
+        free = disk.free_bytes(self._context.home.staging)
+        if free < need:
+            raise OSError(
+                errno.ENOSPC,
+                f"the next checkpoint needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
+                str(self._context.home.root),
+            )
+        self._context.solved("disk")
+
+    # -- telling
+
+    def _tell_status(self, now: float) -> None:
+        due = now - self._told_at
+        if due < TICK_S:
+            return
+        facts = self._facts()
+        if facts != self._told or due > status.RENEW_S:
+            self._told, self._told_at = facts, now
+            with contextlib.suppress(OSError):  # a full disk must not stop the daemon from waiting for room
+                status.write(self._context.home, facts)
+
+    def _facts(self) -> dict[str, Any]:
+        ledger, home = self._context.ledger, self._context.home
+        run = self._runs.current
+        return {
+            "state": self._state(),
+            "pid": os.getpid(),
+            "home": str(home.root),
+            "global_step": run.global_step if run else status.published_step(home),
+            "current": run.facts() if run else None,
+            "queue": [job.name for job in ledger.in_state(*WAITING, limit=QUEUE_SHOWN)],
+            "queued": ledger.count(*WAITING),
+            "settling": self._inbox.settling[:QUEUE_SHOWN],
+            "being_written": self._inbox.being_written[:QUEUE_SHOWN],
+            "preparing": self._preparation.doing,
+            "trained": ledger.count(JobState.TRAINED),
+            "rejected": ledger.count(JobState.REJECTED),
+            "problems": list(self._context.problems.values()),
+            "worker_pid": self._runs.worker.pid,
+            "preparer_pid": self._preparation.preparer.pid,
+        }
+
+    def _state(self) -> str:
+        run = self._runs.current
+        if self._leaving:
+            return "stopping"
+        if run is not None and run.waiting is None:
+            return "pausing" if run.stopping == "pause" else "training"
+        if self._trouble or run is not None:
+            return f"paused: {self._trouble or 'disk'}"
+        if self._paused:
+            return "paused"
+        return "preparing" if self._context.waiting(limit=1) else "idle"
+
+    # -- waiting and leaving
+
+    def _finished(self) -> bool:
+        if self._leaving_now:
+            return True
+        if self._leaving:
+            return self._runs.current is None
+        return self._drain and self._nothing_left()
+
+    def _nothing_left(self) -> bool:
+        arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
+        return arrived and self._runs.current is None and not self._context.waiting(limit=1)
+
+    def _wait(self) -> None:
+        """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""
+        timeout_s = max(0.0, min(TICK_S, self._next_scan - time.monotonic()))
+        ends = [self._wake[0], *self._runs.worker.filenos(), *self._preparation.preparer.filenos()]
+        ready, _, _ = select.select(ends, [], [], timeout_s)
+        if self._wake[0] in ready:
+            os.read(self._wake[0], 4096)
+            self._next_scan = min(self._next_scan, time.monotonic() + 0.01)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake[1], b"!")
+
+    @contextlib.contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        """First signal: leave after a checkpoint. Second: leave at once. SIGIO belongs to the lease probe."""
+
+        def count(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            self._signals += 1
+            self._ring()
+
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it for us
+            wanted.append(signal.SIGHUP)
+        former = {number: signal.signal(number, count) for number in wanted}
+        former[signal.SIGIO] = signal.signal(signal.SIGIO, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+def _means_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in disk.FULL
+    return "full" in str(error) or "disk I/O" in str(error)

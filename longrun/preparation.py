@@ -1,0 +1,207 @@
+"""From a claimed file to tokens on disk, done by the preparer while the worker trains.
+
+Every file is examined as soon as it is claimed, so a person hears of a bad one at once; it is tokenised
+shortly before its turn, because tokens take room.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from longrun import archive, disk, wire
+from longrun.config import unpinned
+from longrun.errors import BadModel
+from longrun.job import Job, JobState
+from longrun.worker import Child
+
+if TYPE_CHECKING:
+    from longrun.checkpoint import Checkpoint
+    from longrun.context import Context
+
+FACTS = "facts.json"
+ROWS = "rows.arrow"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What prepared rows depend on; other tokens than these must not be trained."""
+
+    sha256: str
+    max_length: int
+    base_model: str
+    on_bad_row: str
+
+
+class Preparation:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.preparer = Child(context.home, "preparer")
+        self._busy_with: Job | None = None
+        self._idle_since = 0.0
+        self._deaths = 0
+
+    @property
+    def doing(self) -> str | None:
+        return self._busy_with.name if self._busy_with else None
+
+    def hear(self, now: float) -> None:
+        """Take up what the preparer found; a dead one costs its file an attempt."""
+        if not self.preparer.running:
+            return
+        try:
+            for message in self.preparer.receive(now):
+                self._apply(message)
+        except wire.Closed:
+            self._died(self.preparer.kill())
+        else:
+            if self._busy_with and self.preparer.silent_s(now) > self._context.settings.worker.step_timeout_s:
+                self.preparer.kill()
+                self._died("no progress")
+
+    def next(self, now: float, newest: Checkpoint | None) -> None:
+        """Give the preparer the next thing to do: examining first, then tokens for the jobs whose turn is near."""
+        if self._busy_with is not None:
+            return
+        message = self._next_examine() or self._next_prepare(newest)
+        if message is None:
+            self._release_when_idle(now)
+        elif not self.preparer.running:
+            self.preparer.start((), now)
+        elif self.preparer.ready:
+            self._busy_with = self._context.ledger.get(message.job)
+            self._idle_since = now
+            self.preparer.send(message, now)
+
+    def is_prepared(self, job: Job, newest: Checkpoint | None) -> dict[str, Any] | None:
+        """The facts of the job's prepared rows, if they are what its plan needs."""
+        try:
+            facts: dict[str, Any] = json.loads((self._context.home.prepared(job.number) / FACTS).read_bytes())
+        except (OSError, ValueError):
+            return None
+        need = asdict(self.need(job, newest))
+        return facts if {key: facts.get(key) for key in need} == need else None
+
+    def need(self, job: Job, newest: Checkpoint | None) -> Need:
+        settings = self._context.settings
+        here = newest.lineage.plan_in_progress(job.number, job.sha256) if newest else None
+        return Need(
+            sha256=job.sha256,
+            max_length=here.plan.recipe.max_length if here else settings.train.max_length,
+            base_model=unpinned(self._context.base_model(newest)),
+            on_bad_row=settings.inbox.on_bad_row,
+        )
+
+    # -- choosing
+
+    def _next_examine(self) -> wire.Examine | None:
+        inbox = self._context.settings.inbox
+        for job in self._context.waiting(JobState.CLAIMED, limit=1):
+            return wire.Examine(
+                job=job.number,
+                path=self._path(job),
+                on_bad_row=inbox.on_bad_row,
+                max_line_bytes=inbox.max_line_bytes,
+            )
+        return None
+
+    def _next_prepare(self, newest: Checkpoint | None) -> wire.Prepare | None:
+        settings = self._context.settings
+        ahead = settings.worker.prepare_ahead
+        for job in self._context.waiting(JobState.QUEUED, limit=ahead):
+            if self.is_prepared(job, newest) is None:
+                need = self.need(job, newest)
+                return wire.Prepare(
+                    job=job.number,
+                    path=self._path(job),
+                    format=job.format,
+                    folder=str(self._context.home.prepared(job.number)),
+                    tokenizer=str(self._context.home.model) if newest else settings.model.base_model,
+                    trust_remote_code=settings.model.trust_remote_code,
+                    max_line_bytes=settings.inbox.max_line_bytes,
+                    **asdict(need),
+                )
+        return None
+
+    def _path(self, job: Job) -> str:
+        claimed = archive.claimed_files(self._context.home, job.number)
+        assert claimed, f"job {job.number} has no file"
+        return os.fspath(claimed[0])
+
+    # -- what the preparer says
+
+    def _apply(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Examined | wire.Prepared | wire.Refused | wire.Failed):
+            job, self._busy_with = self._context.ledger.get(message.job), None
+            assert job is not None
+            self._deaths = 0 if not isinstance(message, wire.Failed) else self._deaths
+            if isinstance(message, wire.Examined):
+                self._admit(job, message.facts)
+            elif isinstance(message, wire.Refused):
+                self._context.reject(job, message.reason)
+            elif isinstance(message, wire.Failed):
+                self._failed(job, message)
+            else:
+                self._tell_prepared(job, message.facts)
+
+    def _admit(self, job: Job, facts: dict[str, Any]) -> None:
+        context = self._context
+        job = context.ledger.move(
+            job, JobState.QUEUED, sha256=facts["sha256"], rows=facts["rows"], format=facts["format"]
+        )
+        twin = context.ledger.same_content(job)
+        remarks = [*facts["notes"], *([f"same content as job {twin.number}, trained again"] if twin else [])]
+        if facts["skipped_rows"]:
+            first = facts["skipped"][0]
+            remarks.append(f"{facts['skipped_rows']} bad rows skipped, the first at line {first.get('line')}: {first['why']}")
+        context.say(
+            "queued",
+            f"{job.name}: {job.rows} rows ({job.format}){''.join(f'; {remark}' for remark in remarks)}",
+            job=job.number,
+            file=job.name,
+            **facts,
+        )
+
+    def _tell_prepared(self, job: Job, facts: dict[str, Any]) -> None:
+        told = [f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them trained", facts["mask_source"]]
+        if facts["truncated_rows"]:
+            told.append(f"{facts['truncated_rows']} rows cut at max_length = {facts['max_length']} tokens")
+        if facts["untrainable_rows"]:
+            told.append(f"{facts['untrainable_rows']} rows left out: no token to learn from (e.g. row {facts['untrainable_first']})")
+        level = "warning" if facts["truncated_rows"] or facts["untrainable_rows"] else "info"
+        self._context.say("prepared", f"{job.name}: {'; '.join(told)}", level=level, job=job.number, **facts)
+
+    def _failed(self, job: Job, failure: wire.Failed) -> None:
+        """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
+        if failure.kind in ("disk", "base model"):
+            self.preparer.kill()
+            raise (OSError(28, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint))
+        self._count_attempt(job, failure.why)
+
+    def _died(self, how: str) -> None:
+        job, self._busy_with = self._busy_with, None
+        self._deaths += 1
+        if job is not None:
+            current = self._context.ledger.get(job.number)
+            assert current is not None
+            self._count_attempt(current, f"the preparer died over it ({how})")
+        elif self._deaths >= self._context.settings.worker.max_attempts:
+            self._deaths = 0
+            log = self._context.home.logs / f"{self.preparer.role}.log"
+            raise BadModel(f"the preparer cannot start ({how})", hint=f"see the end of {log}; `daemon.py doctor` may tell why")
+
+    def _count_attempt(self, job: Job, why: str) -> None:
+        disk.remove_tree(self._context.home.prepared(job.number), self._context.home.staging)
+        attempts = job.attempts + 1
+        if attempts >= self._context.settings.worker.max_attempts:
+            self._context.reject(job, {"kind": "crash", "why": f"{why}, {attempts} times"})
+            return
+        self._context.ledger.note(job, attempts=attempts)
+        self._context.say("retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning")
+
+    def _release_when_idle(self, now: float) -> None:
+        limit_s = 60 * self._context.settings.worker.idle_release_minutes
+        if self.preparer.running and now - max(self._idle_since, self.preparer.heard_at) > limit_s:
+            self.preparer.kill()

@@ -1,0 +1,448 @@
+"""Runs: one attempt at a job by the worker, from the plan to the committed end.
+
+A run may end in six ways: at its target, stopped on purpose, with its model gone, for want of disk, by the
+file's own fault (NaN), or by a death of the worker. Only the last one counts as an attempt, and only when it
+saved nothing new; in every case the next run goes on from the newest verified checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longrun import checkpoint, wire
+from longrun.errors import BadFile, BadModel, ModelRemoved
+from longrun.job import Job, JobState
+from longrun.plan import Plan, make_plan
+from longrun.worker import Child
+
+if TYPE_CHECKING:
+    from longrun.checkpoint import Checkpoint
+    from longrun.context import Context
+
+FITTING = "rows that fit a device"  # ledger fact: what an out-of-memory taught
+
+
+@dataclass
+class Run:
+    """The run in progress."""
+
+    job: Job
+    plan: Plan
+    message: wire.Train
+    model: checkpoint.OpenModel
+    start_step: int
+    saved_step: int
+    global_step: int
+    sent: bool = False
+    started: bool = False
+    stopping: str = ""  # why it was asked to stop
+    waiting: wire.Waiting | None = None
+    loss: float | None = None
+    first_loss: float | None = None
+    steps_per_s: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """For status."""
+        return {
+            "file": self.job.name,
+            "job": self.job.number,
+            "base_step": self.plan.base_step,
+            "planned_steps": self.plan.planned_steps,
+            "target_step": self.plan.target_step,
+            "done_steps": self.plan.done_steps(self.global_step),
+            "saved_step": self.saved_step,
+            "loss": self.loss,
+            "steps_per_s": round(self.steps_per_s, 3),
+            "eta_s": self.eta_s and round(self.eta_s, 1),
+        }
+
+    @property
+    def eta_s(self) -> float | None:
+        return (self.plan.target_step - self.global_step) / self.steps_per_s if self.steps_per_s else None
+
+
+class Runs:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.worker = Child(context.home, "worker")
+        self.current: Run | None = None
+        self._idle_since = 0.0
+        self._deaths = 0
+
+    # -- starting
+
+    def warm_up(self, now: float) -> None:
+        """Start the worker's imports while the first file is still being prepared."""
+        options = self._options()
+        if self.worker.running and self.worker.options != options and self.current is None:
+            self.worker.kill()
+        if not self.worker.running:
+            self.worker.start(options, now)
+
+    def start(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any], now: float) -> None:
+        """Plan the job on top of `newest`, say the plan, and give it to the worker."""
+        here = newest.lineage.plan_in_progress(job.number, job.sha256) if newest else None
+        try:
+            plan = here.plan if here else self._new_plan(job, newest, facts)
+        except BadFile as error:
+            self._context.reject(job, error.reason())
+            return
+        step = newest.global_step if newest else 0
+        model = checkpoint.OpenModel(self._context.home, newest)
+        self._tell_plan(job, plan, newest)
+        job = self._context.ledger.move(job, JobState.RUNNING)
+        if self.worker.used and newest is None:
+            self.worker.kill()  # what it holds has been trained; a new model begins from the base
+        self.warm_up(now)
+        self.current = Run(
+            job=job,
+            plan=plan,
+            message=self._message(job, plan, newest),
+            model=model,
+            start_step=step,
+            saved_step=step,
+            global_step=step,
+        )
+
+    def _new_plan(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any]) -> Plan:
+        return make_plan(
+            job=job.number,
+            name=job.name,
+            sha256=job.sha256,
+            trainable_rows=facts["trainable_rows"],
+            base_step=newest.global_step if newest else 0,
+            recipe=self._context.settings.recipe,
+        )
+
+    def _message(self, job: Job, plan: Plan, newest: Checkpoint | None) -> wire.Train:
+        train = self._context.settings.train
+        return wire.Train(
+            plan=plan.to_dict(),
+            prepared=str(self._context.home.prepared(job.number)),
+            checkpoint=str(newest.path) if newest else None,
+            lineage=uuid.uuid4().hex,
+            base_model=self._context.base_model(newest),
+            save_steps=train.save_steps,
+            save_total_limit=train.save_total_limit,
+            logging_steps=train.logging_steps,
+            row_log=self._context.settings.log.rows,
+        )
+
+    def _tell_plan(self, job: Job, plan: Plan, newest: Checkpoint | None) -> None:
+        say, recipe = self._context.say, plan.recipe
+        say(
+            "planning",
+            f"{job.name}: {plan.rows} rows x {recipe.epochs} epochs, {plan.held_out_rows} rows held out,"
+            f" effective batch {recipe.batch_size}, learning rate {recipe.learning_rate:g},"
+            f" from {newest.path.name if newest else 'the base model ' + self._context.base_model(None)}",
+            job=job.number,
+        )
+        say("planned", plan.sentence, job=job.number, file=job.name, plan=plan.to_dict(), target_step=plan.target_step)
+        done = plan.done_steps(newest.global_step) if newest else 0
+        if done:
+            left = plan.planned_steps - done
+            say("resuming", f"{job.name}: {done} steps are done already, {left} are left", job=job.number)
+
+    def _options(self) -> tuple[str, ...]:
+        """What a worker is started with and cannot change later."""
+        settings = self._context.settings
+        fixed = {
+            "per_device": self.per_device(),
+            "batch_size": settings.train.batch_size,
+            "dtype": settings.model.dtype,
+            "attn_implementation": settings.model.attn_implementation,
+            "trust_remote_code": settings.model.trust_remote_code,
+            "gradient_checkpointing": settings.train.gradient_checkpointing,
+            "optim": settings.train.optim,
+            "report_to": settings.train.report_to,
+        }
+        return ("--options", json.dumps(fixed))
+
+    # -- out of memory
+
+    def per_device(self) -> int:
+        """Rows at once on a device: as set, or fewer since that was seen not to fit."""
+        train = self._context.settings.train
+        wanted = train.per_device_train_batch_size or train.batch_size
+        learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
+        return min(wanted, learnt.get(self._situation(), wanted))
+
+    def _situation(self) -> str:
+        train = self._context.settings.train
+        return f"{train.batch_size} x {train.max_length} tokens, {self._context.settings.model.base_model}"
+
+    def _make_smaller(self, attempts: int) -> None:
+        """Half as many rows at once, and one before the last attempt; each step still trains batch_size rows."""
+        batch = self._context.settings.train.batch_size
+        last = attempts + 1 >= self._context.settings.worker.max_attempts
+        limit = 1 if last else max(1, self.per_device() // 2)
+        fitting = max(rows for rows in range(1, limit + 1) if batch % rows == 0)
+        self._context.ledger.set_fact(FITTING, json.dumps({self._situation(): fitting}))
+        self._context.say(
+            "smaller batches",
+            f"from now on {fitting} rows at once on a device; a step still trains {batch} rows",
+            level="warning",
+        )
+
+    # -- stopping
+
+    def stop(self, why: str, now: float) -> None:
+        """Ask for the end of the run at the next step boundary, after a checkpoint."""
+        run = self.current
+        if run is None or run.stopping == why:
+            return
+        run.stopping = why
+        if run.started:
+            self.worker.send(wire.Stop(why=why), now)
+        else:  # nothing was trained yet, so there is nothing to save
+            self.worker.kill()
+            self._over(run)
+            self._end_stopped(run, why, [])
+
+    def abandon(self) -> None:
+        """Leave at once. Nothing is lost but the steps since the last checkpoint."""
+        self.worker.kill()
+        if self.current is not None:
+            self._over(self.current)
+
+    def check_model(self) -> None:
+        """Drop the run when its model was removed: the old one must not come back."""
+        if self.current is None:
+            return
+        try:
+            self.current.model.glance()
+        except ModelRemoved as gone:
+            self._model_removed(self.current, str(gone))
+
+    # -- hearing
+
+    def hear(self, now: float) -> None:
+        run = self.current
+        if not self.worker.running:
+            return
+        try:
+            for message in self.worker.receive(now):
+                self._apply(message, now)
+        except wire.Closed:
+            self._died(self.worker.kill())
+            return
+        if run is not None and run is self.current:
+            self._keep_going(run, now)
+        elif run is None:
+            self._release_when_idle(now)
+
+    def _keep_going(self, run: Run, now: float) -> None:
+        if self.worker.ready and not run.sent:
+            run.sent = True
+            self.worker.send(run.message, now)
+        limits = self._context.settings.worker
+        limit_s = limits.step_timeout_s if run.started else limits.start_timeout_s
+        if self.worker.silent_s(now) > limit_s:
+            self.worker.kill()
+            self._died(f"no progress for {limit_s:g} s", kind="hang")
+
+    @property
+    def waits_for_disk(self) -> bool:
+        return self.current is not None and self.current.waiting is not None
+
+    def overdue(self, now: float) -> bool:
+        """Whether the worker has work and makes no progress: the system's watchdog is not reassured then."""
+        return self.current is not None and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
+
+    def _apply(self, message: wire.Message, now: float) -> None:
+        run = self.current
+        if run is None or getattr(message, "job", run.job.number) != run.job.number:
+            return
+        match message:
+            case wire.Started():
+                self._started(run, message, now)
+            case wire.Progress():
+                self._progress(run, message)
+            case wire.Saved():
+                self._saved(run, message)
+            case wire.Waiting():
+                self._waits(run, message)
+            case wire.Ended():
+                self._idle_since = now
+                self._ended(run, message)
+            case wire.Failed():
+                self.worker.kill()
+                self._failed(run, message)
+
+    def _started(self, run: Run, message: wire.Started, now: float) -> None:
+        run.started = True
+        self._deaths = 0
+        how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
+        self._context.say(
+            "started", f"{run.job.name}: training on {message.device}, model {how}", job=run.job.number, warm=message.warm
+        )
+        if run.stopping:
+            self.worker.send(wire.Stop(why=run.stopping), now)
+
+    def _progress(self, run: Run, message: wire.Progress) -> None:
+        run.waiting = None
+        self._context.solved("disk")
+        run.global_step, run.loss, run.steps_per_s = message.global_step, message.loss, message.steps_per_s
+        run.first_loss = message.loss if run.first_loss is None else run.first_loss
+        done, planned = run.plan.done_steps(run.global_step), run.plan.planned_steps
+        loss = "" if message.loss is None else f", loss {message.loss:.4f}"
+        eta = f", {run.eta_s:.0f} s left" if run.eta_s else ""
+        self._context.journal.progress(
+            name=run.job.name,
+            done=done,
+            planned=planned,
+            loss=message.loss,
+            text=f"{run.job.name}: step {done} of {planned} (global step {run.global_step}){loss},"
+            f" learning rate {message.learning_rate:g}, {message.steps_per_s:.2f} steps/s{eta}",
+        )
+
+    def _saved(self, run: Run, message: wire.Saved) -> None:
+        run.saved_step = run.global_step = message.global_step
+        folder = checkpoint.folder_of(self._context.home.model, message.global_step)
+        try:
+            saved = self._context.verifier.trust(folder)
+        except (checkpoint.Damaged, OSError):
+            return  # removed already, or about to be found damaged: the next look at the model decides
+        run.model.close()
+        run.model = checkpoint.OpenModel(self._context.home, saved)
+        self._context.say(
+            "saved",
+            f"{folder.name} saved ({message.size_bytes / 1e6:.1f} MB in {message.seconds:.2f} s)",
+            job=run.job.number,
+            global_step=message.global_step,
+        )
+
+    def _waits(self, run: Run, message: wire.Waiting) -> None:
+        run.waiting = message
+        self._context.problem(
+            "disk",
+            f"paused: disk. The next checkpoint needs {message.need_bytes / 1e6:.0f} MB,"
+            " and less than that is free; training goes on by itself when there is room",
+        )
+
+    # -- ending
+
+    def _over(self, run: Run) -> None:
+        self.current = None
+        run.model.close()
+        self._context.journal.progress_over()
+
+    def _ended(self, run: Run, message: wire.Ended) -> None:
+        self._over(run)
+        newest = self._context.newest()  # the disk is believed, not the message
+        if newest is not None and newest.lineage.has_trained(run.job.number, run.job.sha256):
+            self.finish(run.job, newest)
+        elif message.stopped:
+            self._end_stopped(run, message.stopped, message.rows_trained)
+        else:
+            self._retry(run, "the worker said it was done, but no verified checkpoint says so", "crash")
+
+    def finish(self, job: Job, newest: Checkpoint) -> None:
+        """The model's lineage has the job: tell how it went and put the file away."""
+        record = next(r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256))
+        told = [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
+        if record.eval_loss is not None:
+            told.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
+        self._context.finish(job)
+        self._context.say(
+            "trained",
+            f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"
+            f" global step {record.target_step}; {'; '.join(told)}",
+            job=job.number,
+            file=job.name,
+            global_step=record.target_step,
+            planned_steps=record.planned_steps,
+            final_loss=record.final_loss,
+            mean_loss=record.mean_loss,
+            eval_loss=record.eval_loss,
+        )
+
+    def _end_stopped(self, run: Run, why: str, rows_trained: list[int]) -> None:
+        done = run.plan.done_steps(run.global_step)
+        if why == "skip":
+            reason = {
+                "kind": "skipped",
+                "why": f"skipped by the operator after {done} of {run.plan.planned_steps} steps;"
+                f" {len(rows_trained)} of {run.plan.rows} rows were trained",
+                "rows_trained": rows_trained,
+            }
+            self._context.reject(run.job, reason)
+            return
+        self._context.ledger.move(run.job, JobState.QUEUED)
+        self._context.say(
+            "stopped",
+            f"{run.job.name}: {why} after {done} of {run.plan.planned_steps} steps (global step {run.global_step});"
+            " the rest is trained when training goes on",
+            job=run.job.number,
+        )
+
+    def _failed(self, run: Run, failure: wire.Failed) -> None:
+        self._over(run)
+        if failure.kind == "model removed":
+            self._model_removed(run, failure.why)
+        elif failure.kind == "diverged":
+            reason = {"kind": "diverged", "why": failure.why, "step": failure.global_step, "rows": failure.rows}
+            self._context.reject(run.job, reason | {"fix": failure.hint})
+        elif failure.kind in ("disk", "base model", "configuration"):
+            self._context.ledger.move(run.job, JobState.QUEUED)
+            raise OSError(errno.ENOSPC, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint)
+        else:
+            self._retry(run, failure.why, failure.kind)
+
+    def _died(self, how: str, kind: str = "crash") -> None:
+        run = self.current
+        if run is not None:
+            self._over(run)
+            if run.stopping and run.stopping != "skip":
+                self._context.ledger.move(run.job, JobState.QUEUED)
+                return
+            self._retry(run, f"the worker died ({how})" if kind == "crash" else how, kind)
+            return
+        self._deaths += 1
+        if self._deaths >= self._context.settings.worker.max_attempts:
+            self._deaths = 0
+            raise BadModel(
+                f"the worker cannot start ({how})",
+                hint=f"see the end of {self._context.home.logs / 'worker.log'}; `daemon.py doctor` may tell why",
+            )
+
+    def _retry(self, run: Run, why: str, kind: str) -> None:
+        """Count the attempt, unless it got further than the one before; after too many, give the file up."""
+        progressed = run.saved_step > run.start_step
+        attempts = (0 if progressed else run.job.attempts) + 1
+        limit = self._context.settings.worker.max_attempts
+        if attempts >= limit:
+            self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
+            return
+        if kind == "out of memory":
+            self._make_smaller(attempts)
+        self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
+        self._context.say(
+            "retry",
+            f"{run.job.name}: {why}; attempt {attempts} of {limit} failed,"
+            " going on from the newest verified checkpoint",
+            level="warning",
+            job=run.job.number,
+            kind=kind,
+        )
+
+    def _model_removed(self, run: Run, why: str) -> None:
+        self.worker.kill()
+        self._over(run)
+        self._context.ledger.move(run.job, JobState.QUEUED)
+        self._context.say(
+            "model removed",
+            f"{why}: {run.job.name} will start again from the base model at step 0",
+            level="warning",
+            job=run.job.number,
+        )
+
+    def _release_when_idle(self, now: float) -> None:
+        limit_s = 60 * self._context.settings.worker.idle_release_minutes
+        if self.worker.ready and now - max(self._idle_since, self.worker.heard_at) > limit_s:
+            self.worker.kill()
+            self._context.say("released", "the worker was idle; its memory is released")

@@ -1,0 +1,72 @@
+"""What the daemon is doing, told without asking it: a note it keeps, and the lock that proves it lives.
+
+Read by `daemon.py status` with the standard library alone, so it answers at once, also while the daemon hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from longrun import disk
+
+if TYPE_CHECKING:
+    from longrun.home import Home
+
+STALE_S = 30.0  # a living daemon renews its note every few seconds
+RENEW_S = 5.0
+
+
+def write(home: Home, facts: dict[str, Any]) -> None:
+    """Renew the note. It is not synced: after a crash it is about a process that is gone."""
+    content = {**facts, "written_at": time.time()}
+    disk.write_file(home.status, json.dumps(content).encode(), durable=False)
+
+
+def read(home: Home) -> dict[str, Any]:
+    """The last note, corrected by the truth: `state` is "stopped" when nobody holds the lock, and `stale_s`
+    says how old the note is when that is suspicious.
+    """
+    facts = _empty(home) | _note(home)
+    held = disk.holder(home.daemon_lock)
+    if held is None:
+        return facts | {"state": "stopped", "pid": None}
+    age_s = time.time() - float(facts.pop("written_at", 0.0))
+    facts["pid"] = held.get("pid", facts["pid"])
+    if age_s > STALE_S:
+        facts["stale_s"] = round(age_s)
+    return facts
+
+
+def _note(home: Home) -> dict[str, Any]:
+    try:
+        note = json.loads(home.status.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _empty(home: Home) -> dict[str, Any]:
+    """What can be said before any daemon ran here, or of a model that arrived since."""
+    facts: dict[str, Any] = {
+        "state": "starting",
+        "pid": None,
+        "home": str(home.root),
+        "global_step": 0,
+        "current": None,
+        "queue": [],
+        "queued": 0,
+        "trained": 0,
+        "rejected": 0,
+        "problems": [],
+    }
+    return facts
+
+
+def published_step(home: Home) -> int:
+    """global_step of the published model; 0 when there is none."""
+    try:
+        return int(json.loads((home.model / "trainer_state.json").read_bytes())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,301 @@
+"""From one row to token ids, and which of them are trained.
+
+    TextRow         <bos> text <eos>                 trained: all of it
+    CompletionRow   <bos> prompt completion <eos>    trained: completion and <eos>
+    ChatRow         the chat template's text         trained: the assistant's turns, their end tokens included
+
+Which part of a rendered conversation the assistant wrote is told by the first of these that can:
+
+    1. the `{% generation %}` markers of the model's own chat template
+    2. those of TRL's training template for the model's family
+    3. prefix differences: what each assistant turn adds to its generation prompt, proven turn by turn
+
+If none can, the row is refused: training on guessed spans would teach the model to write the user's part.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from longrun.errors import BadFile
+from longrun.rows import ChatRow, CompletionRow, Row, TextRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # cross entropy's own "no target here"
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]  # characters of the rendered text, the end excluded
+
+# A template is a program that came with the model: besides its own refusals it fails like any Python on a
+# message without the key, or with the type, that it reads.
+_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+_WITHOUT_MASKS = "Use prompt/completion rows, or give the model a chat template with {% generation %} markers"
+
+
+class MaskSource(StrEnum):
+    """How the assistant's part of a conversation is told, in words for the log."""
+
+    OWN_MARKERS = "the template's own generation markers"
+    TRAINING_TEMPLATE = "TRL's training template for this family"
+    PREFIX_DIFFERENCES = "prefix differences"
+    NONE = "no chat template"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row as the model sees it."""
+
+    input_ids: list[int]
+    labels: list[int]  # input_ids where trained, IGNORED elsewhere
+    truncated: bool  # cut at max_length
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens are predicted; the first never is, since nothing comes before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+class Encoder:
+    """Encodes rows for one model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._start = _tokens_put_before(tokenizer)
+        self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(self, row: Row) -> Encoded:
+        """Tokens and labels of a row, cut at `max_length`; BadFile where they cannot be told exactly."""
+        match row:
+            case ChatRow():
+                ids, labels = self._chat(row)
+            case CompletionRow():
+                ids, labels = self._completion(row)
+            case TextRow():
+                ids = labels = self._started(self._ended(self._ids(row.text)))
+        cut = self._max_length
+        return Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut)
+
+    @property
+    def mask_source(self) -> str:
+        """How the masks of chat rows come about, for the log."""
+        return self._template.mask_source.value
+
+    @cached_property
+    def _template(self) -> _Template:
+        return _Template(self._tokenizer)
+
+    def _chat(self, row: ChatRow) -> tuple[list[int], list[int]]:
+        """One tokenisation of the whole text, whose tokens are then sorted by where they start."""
+        text, spans = self._template.text_and_spans(row)
+        # The template writes the start token itself where the model wants one.
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        return ids, _labels(ids, encoded["offset_mapping"], spans)
+
+    def _completion(self, row: CompletionRow) -> tuple[list[int], list[int]]:
+        """The prompt's tokens are those of the prompt alone: at inference it ends before the model begins."""
+        prompt = self._started(self._ids(row.prompt))
+        completion = self._ended(self._continuation(row.completion))
+        return prompt + completion, [IGNORED] * len(prompt) + completion
+
+    def _continuation(self, text: str) -> list[int]:
+        """Tokens of `text` where it goes on from other text.
+
+        SentencePiece tokenizers put a space before whatever starts a string, so "Paris" after "is: " would be
+        learned as " Paris"; behind a newline they do not.
+        """
+        newline, line = self._ids("\n"), self._ids("\n" + text)
+        return line[len(newline) :] if line[: len(newline)] == newline else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _started(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self._start)] == self._start else self._start + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        return ids if ids[-1:] == self._end else ids + self._end
+
+
+class _Template:
+    """A model's chat template: the text of a conversation, and which of it the assistant wrote."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.mask_source, self._training_template = _choose_mask_source(tokenizer)
+
+    def text_and_spans(self, row: ChatRow) -> tuple[str, list[Span]]:
+        """The rendered conversation and the parts of it that are trained."""
+        self._check_chat_is_possible()
+        turns = _trained_turns(row)
+        if self.mask_source is MaskSource.PREFIX_DIFFERENCES:
+            text = self._render(row, row.messages)
+            spans = [self._difference(row, turn, text) for turn in turns]
+        else:
+            text, spans = self._render_marked(row)
+            spans = self._marked_from(row, turns[0], text, spans) if turns else []
+        _check_turns_are_trained(row, turns, "".join(text[start:end] for start, end in spans))
+        return text, spans
+
+    def _difference(self, row: ChatRow, turn: int, text: str) -> Span:
+        """What message number `turn` adds to its generation prompt."""
+        before = self._render(row, row.messages[:turn], prompt=True)
+        after = self._render(row, row.messages[: turn + 1])
+        if after.startswith(before) and text.startswith(after):
+            return len(before), len(after)
+        raise BadFile(
+            "this model's chat template rewrites earlier turns, so what is trained cannot be told exactly",
+            field=f"messages[{turn}]",
+            hint=_WITHOUT_MASKS,
+        )
+
+    def _marked_from(self, row: ChatRow, turn: int, text: str, spans: list[Span]) -> list[Span]:
+        """The marked spans of message number `turn`, an assistant's, and of those after it."""
+        assistants = [index for index, message in enumerate(row.messages) if _is_assistant(message)]
+        if turn == assistants[0]:
+            return spans
+        before = self._render(row, row.messages[:turn], prompt=True)
+        if text.startswith(before):
+            # By where they end: Qwen2.5's markers start a newline before the generation prompt ends.
+            return [span for span in spans if span[1] > len(before)]
+        if len(spans) == len(assistants):
+            return spans[assistants.index(turn) :]
+        raise BadFile(
+            "this model's chat template rewrites earlier turns, so the completion cannot be told apart",
+            field=f"messages[{turn}]",
+            hint="Use messages rows, which train every assistant turn, or prompt and completion as strings",
+        )
+
+    def _render(self, row: ChatRow, messages: Messages, *, prompt: bool = False) -> str:
+        """The messages as text; with `prompt`, up to where the assistant is to go on."""
+        texts, _ = self._run(row, messages, add_generation_prompt=prompt)
+        text: str = texts[0]
+        return text
+
+    def _render_marked(self, row: ChatRow) -> tuple[str, list[Span]]:
+        """The conversation, and what the template marks as the assistant's.
+
+        apply_chat_template(return_assistant_tokens_mask=True) would also map it to tokens, but of a last
+        character made of several it takes only the first, and where a span ends in the row's first token it
+        goes on to the end of the row (transformers 5.17 and 5.23).
+        """
+        texts, spans = self._run(row, row.messages, return_assistant_tokens_mask=True)
+        return texts[0], spans[0]
+
+    def _run(self, row: ChatRow, messages: Messages, **options: bool) -> Any:
+        variables: dict[str, Any] = {"tools": row.tools, **self._tokenizer.special_tokens_map, **options}
+        try:
+            return render_jinja_template(
+                conversations=[_without_nulls(messages)],
+                chat_template=self._tokenizer.get_chat_template(self._training_template, row.tools),
+                **variables,
+            )
+        except _TEMPLATE_FAILURES as error:
+            raise BadFile(
+                f"this model's chat template does not take this conversation: {error}",
+                field="messages",
+                hint="Change the messages to what it takes, or use prompt/completion rows",
+            ) from error
+
+    def _check_chat_is_possible(self) -> None:
+        if self.mask_source is MaskSource.NONE:
+            raise BadFile(
+                "this base model has no chat template",
+                field="messages",
+                hint="Use an instruct model, or prompt/completion or text rows",
+            )
+        if not self._tokenizer.is_fast:
+            raise BadFile(
+                "this model's tokenizer does not say which characters its tokens stand for, "
+                "so the assistant's cannot be told",
+                field="messages",
+                hint="Use a model with a tokenizer.json, or prompt/completion or text rows",
+            )
+
+
+def _choose_mask_source(tokenizer: PreTrainedTokenizerBase) -> tuple[MaskSource, str | None]:
+    """How masks come about, and the template to train with where it is not the model's own."""
+    if tokenizer.chat_template is None:
+        return MaskSource.NONE, None
+    # Here because it takes seconds, and rows of plain text do without.
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        template = get_training_chat_template(tokenizer)
+    except _TEMPLATE_FAILURES:  # unknown to TRL, or it fails on TRL's trial conversation
+        return MaskSource.PREFIX_DIFFERENCES, None
+    return (MaskSource.TRAINING_TEMPLATE if template else MaskSource.OWN_MARKERS), template
+
+
+def _check_turns_are_trained(row: ChatRow, turns: list[int], trained: str) -> None:
+    """A template may drop what it has no place for, and markers may enclose the wrong thing, or nothing."""
+    position = 0
+    for turn in turns:
+        for key, words in _said(row.messages[turn]):
+            found = trained.find(words, position)
+            if found < 0:
+                raise BadFile(
+                    "this model's chat template drops or rewrites this, so it would not be trained",
+                    field=f"messages[{turn}].{key}",
+                    extract=words[:80],
+                    hint=_WITHOUT_MASKS,
+                )
+            position = found + len(words)
+
+
+def _said(message: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a turn must be seen to say, and under which key: the tools it calls, else its answer.
+
+    Not its reasoning, nor words beside a call: good templates move or drop those, at inference too.
+    """
+    if calls := message.get("tool_calls"):
+        return [("tool_calls", call.get("function", call)["name"]) for call in calls]
+    content = message.get("content")
+    return [("content", content.rpartition("</think>")[2].strip())] if isinstance(content, str) else []
+
+
+def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+    """A token is trained if its first character is within a span.
+
+    One that begins before a span began in what the model is given: it never has to write that token. One that
+    ends after a span must be written to write the span's last characters.
+    """
+    # Some tokenizers (GPT-NeoX) trim the whitespace off a token's offsets, hence its start is where the token
+    # before it ended; but the tokens of one character all have that character's offsets.
+    ends = [end for _, end in offsets]
+    starts = [min(start, reached) for (start, _), reached in zip(offsets, [0, *ends], strict=False)]
+    borders = [border for span in spans for border in span]
+    trained = [bisect_right(borders, start) % 2 == 1 for start in starts]
+    return [token if kept else IGNORED for token, kept in zip(ids, trained, strict=True)]
+
+
+def _trained_turns(row: ChatRow) -> list[int]:
+    return [n for n, message in enumerate(row.messages) if n >= row.train_from and _is_assistant(message)]
+
+
+def _is_assistant(message: dict[str, Any]) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def _without_nulls(messages: Messages) -> Messages:
+    """Templates take a missing key better than None, which some of them write out as a word."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _tokens_put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: the start token or nothing."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids[: encoded["special_tokens_mask"].index(0)]
