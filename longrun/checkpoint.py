@@ -131,7 +131,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if any("/" in name or name in (".", "..") for name in files):
             raise Damaged(f"{MANIFEST} names files outside the checkpoint")
         if manifest["version"] != MANIFEST_VERSION:
-            raise Damaged(f"{MANIFEST} has version {manifest['version']}, this program reads {MANIFEST_VERSION}")
+            raise Damaged(
+                f"{MANIFEST} has version {manifest['version']}, this program reads {MANIFEST_VERSION}"
+            )
         for facts in files.values():
             _ = int(facts["size"]), str(facts["sha256"])
     except FileNotFoundError:
@@ -148,7 +150,9 @@ def _checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its lineage or trainer state cannot be read: {error!r}") from None
     if not folder.name == f"checkpoint-{global_step}" == f"checkpoint-{lineage.global_step}":
-        raise Damaged(f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage")
+        raise Damaged(
+            f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage"
+        )
     return Checkpoint(folder, lineage, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
 
 
@@ -172,7 +176,8 @@ def newest(home: Home, verifier: Verifier, on_damaged: Callable[[str], None]) ->
             break
     if not _is_empty(home.model):
         raise BadModel(
-            f"cannot go on from {home.model}: no checkpoint in it verifies" if found or (home.model / LINEAGE).exists()
+            f"cannot go on from {home.model}: no checkpoint in it verifies"
+            if found or (home.model / LINEAGE).exists()
             else f"cannot go on from {home.model}: it is not empty, but it has no {LINEAGE} and no checkpoint",
             hint="restore a backup with backup_manager.py, or `rm -rf current_model/` to begin anew",
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "LONGRUN_"
 NOT_SETTINGS = frozenset({"LONGRUN_HOME"})
 MEBIBYTE = 1 << 20
+TINY = "tiny"  # the built-in base model
 
 
 def _setting(default: Any, *, least: float | None = None, most: float | None = None, one_of: str = "") -> Any:
@@ -33,8 +34,10 @@ def _setting(default: Any, *, least: float | None = None, most: float | None = N
 
 @dataclass(frozen=True)
 class ModelSettings:
-    base_model: str = "tiny"  # a folder, a hub name, or the built-in tiny model
-    dtype: str = _setting("auto", one_of="auto float32 bfloat16")  # auto: fp32 weights, bf16 autocast on a GPU
+    base_model: str = TINY  # a folder, a hub name, or the built-in tiny model
+    dtype: str = _setting(
+        "auto", one_of="auto float32 bfloat16"
+    )  # auto: fp32 weights, bf16 autocast on a GPU
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
 
@@ -161,7 +164,13 @@ def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
             sources[key] = source
     settings = Settings(
         **{
-            name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values})
+            name: section(
+                **{
+                    f.name: values[f"{name}.{f.name}"]
+                    for f in fields(section)
+                    if f"{name}.{f.name}" in values
+                }
+            )
             for name, section in SECTIONS.items()
         },
         sources=sources,
@@ -189,7 +198,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
+        raise BadConfig(
+            f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes"
+        ) from None
     found = {}
     for section, table in tables.items():
         if section not in SECTIONS:
@@ -197,7 +208,9 @@ def _from_file(path: Path) -> dict[str, Any]:
                 f"{path.name} has an unknown section [{section}]", hint=_did_you_mean(section, list(SECTIONS))
             )
         if not isinstance(table, dict):
-            raise BadConfig(f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own")
+            raise BadConfig(
+                f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own"
+            )
         found.update({f"{section}.{key}": value for key, value in table.items()})
     return found
 
@@ -223,7 +236,9 @@ def _checked(key: str, value: Any, source: str) -> Any:
         converted = _convert(value, default)
     except (TypeError, ValueError):
         kind = "list of words" if isinstance(default, tuple) else type(default).__name__
-        raise BadConfig(f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}") from None
+        raise BadConfig(
+            f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}"
+        ) from None
     _check_limits(key, converted, known[name].metadata, source)
     return converted
 
@@ -264,7 +279,9 @@ def _to_int(value: Any) -> int:
 
 def _check_limits(key: str, value: Any, limits: Mapping[str, Any], source: str) -> None:
     if limits.get("one_of") and value not in limits["one_of"]:
-        raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}")
+        raise BadConfig(
+            f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}"
+        )
     least, most = limits.get("least"), limits.get("most")
     if isinstance(value, float) and value != value:
         raise BadConfig(f"{key} = {value!r} ({source}) is not a number")

@@ -135,7 +135,10 @@ def check_base(settings: Settings, newest: checkpoint.Checkpoint) -> None:
 
 
 def _in_words(reason: dict[str, Any]) -> str:
-    place = [f"line {reason['line']}" if "line" in reason else "", f"byte {reason['byte']}" if "byte" in reason else ""]
+    place = [
+        f"line {reason['line']}" if "line" in reason else "",
+        f"byte {reason['byte']}" if "byte" in reason else "",
+    ]
     where = ", ".join(part for part in [*place, str(reason.get("field", ""))] if part)
     text = f"{where}: {reason['why']}" if where else str(reason["why"])
     return f"{text}. Fix: {reason['fix']}" if reason.get("fix") else text

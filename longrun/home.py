@@ -6,6 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# Of a job's prepared folder: what the tokens were made from, and the tokens.
+FACTS = "facts.json"
+ROWS = "rows.arrow"
+
 
 @dataclass(frozen=True)
 class Home:

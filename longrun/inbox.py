@@ -88,7 +88,9 @@ class Inbox:
         if entry.is_dir(follow_symlinks=False):
             return self._leave(entry.name, "it is a folder", f"cp {entry.name}/*.jsonl inbox/")
         if not ACCEPTED.search(entry.name):
-            return self._leave(entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it")
+            return self._leave(
+                entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it"
+            )
         if not entry.is_file(follow_symlinks=False):
             return self._leave(entry.name, "it is not a regular file", "copy the content into one")
         return True
@@ -169,7 +171,9 @@ class Inbox:
     def _copy_across(self, source: Path, target: Path, number: int) -> None:
         signature = _signature(source.lstat())
         disk.copy_file(source, target)
-        disk.write_file(self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode())
+        disk.write_file(
+            self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode()
+        )
         disk.sync_tree(self._home.job(number))
         disk.sync_folder(self._home.jobs)
         source.unlink()
@@ -254,8 +258,10 @@ class Bell:
         if self._silent:
             return
         there = self._home.inbox.stat()
-        alive = self._observer is not None and self._observer.is_alive() and all(
-            emitter.is_alive() for emitter in self._observer.emitters
+        alive = (
+            self._observer is not None
+            and self._observer.is_alive()
+            and all(emitter.is_alive() for emitter in self._observer.emitters)
         )
         if not alive or (there.st_dev, there.st_ino) != self._watched:
             self.stop()

@@ -46,7 +46,9 @@ class Journal:
         record = {"time": utc_now(), "level": level, "event": event, "message": text, **facts}
         if self._bar is not None:
             self._bar.clear()
-        self._logger.log(logging.getLevelNamesMapping()[level.upper()], printable(text), extra={"facts": record})
+        self._logger.log(
+            logging.getLevelNamesMapping()[level.upper()], printable(text), extra={"facts": record}
+        )
         try:
             disk.append_line(self._home.events, json.dumps(record, ensure_ascii=True))
         except OSError as error:  # a full disk pauses training; it must not silence the log as well
@@ -58,7 +60,9 @@ class Journal:
             self._bar.show(printable(name), done, planned, loss)
         elif time.monotonic() >= self._next_progress:
             self._next_progress = time.monotonic() + self._settings.progress_s
-            self._logger.info(printable(text), extra={"facts": {"time": utc_now(), "event": "progress", "message": text}})
+            self._logger.info(
+                printable(text), extra={"facts": {"time": utc_now(), "event": "progress", "message": text}}
+            )
 
     def progress_over(self) -> None:
         """The next job tells its first step at once."""
@@ -69,9 +73,15 @@ class Journal:
 
 def _handlers(home: Home, settings: LogSettings) -> list[logging.Handler]:
     rotated = logging.handlers.RotatingFileHandler(
-        home.log, maxBytes=settings.max_bytes, backupCount=settings.keep, encoding="utf-8", errors="backslashreplace"
+        home.log,
+        maxBytes=settings.max_bytes,
+        backupCount=settings.keep,
+        encoding="utf-8",
+        errors="backslashreplace",
     )
-    formatter = _Json() if settings.format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    formatter = (
+        _Json() if settings.format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    )
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), rotated]
     for handler in handlers:
         handler.setFormatter(formatter)

@@ -64,7 +64,11 @@ class Ledger:
     def same_content(self, job: Job) -> Job | None:
         """The latest earlier job with the same bytes."""
         return next(
-            iter(self._jobs("where sha256 = ? and number < ? order by number desc limit 1", job.sha256, job.number)),
+            iter(
+                self._jobs(
+                    "where sha256 = ? and number < ? order by number desc limit 1", job.sha256, job.number
+                )
+            ),
             None,
         )
 
@@ -90,14 +94,18 @@ class Ledger:
         check_move(job, target)
         moved = replace(job, state=target, **facts)  # type: ignore[arg-type]
         with self._transaction():
-            self._db.execute(f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(moved))  # noqa: S608
+            self._db.execute(
+                f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(moved)
+            )  # noqa: S608
         return moved
 
     def note(self, job: Job, **facts: object) -> Job:
         """Store facts about the job without moving it."""
         noted = replace(job, **facts)  # type: ignore[arg-type]
         with self._transaction():
-            self._db.execute(f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(noted))  # noqa: S608
+            self._db.execute(
+                f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(noted)
+            )  # noqa: S608
         return noted
 
     def set_fact(self, name: str, value: str) -> None:

@@ -68,12 +68,22 @@ class Lineage:
         here = self.in_progress
         return here if here is not None and (here.plan.job, here.plan.sha256) == (job, sha256) else None
 
+    def begun(self, plan: Plan, now: str) -> tuple[Lineage, InProgress]:
+        """The lineage as a run of `plan` goes on from it, and how far the job is.
+
+        Another job that was left in the middle (skipped, or given up) is closed: its rest will not be trained.
+        """
+        here = self.plan_in_progress(plan.job, plan.sha256)
+        if here is not None:
+            return replace(self, in_progress=None), here
+        closed = self
+        if self.in_progress is not None:
+            closed = self.ended(self.in_progress, outcome="ended early", finished_at=now, eval_loss=None)
+        return closed, InProgress(plan=plan, done_steps=0, loss_sum=0.0, last_loss=None)
+
     def at(self, progress: InProgress) -> Lineage:
-        """This lineage with the job at `progress`; any other job in progress is closed as ended early."""
-        before = self
-        if self.in_progress is not None and self.in_progress.plan.job != progress.plan.job:
-            before = self.ended(self.in_progress, outcome="ended early", finished_at="", eval_loss=None)
-        return replace(before, global_step=progress.global_step, in_progress=progress)
+        """This lineage with the job in the middle of training."""
+        return replace(self, global_step=progress.global_step, in_progress=progress)
 
     def ended(
         self, progress: InProgress, *, outcome: str, finished_at: str, eval_loss: float | None
@@ -99,9 +109,7 @@ class Lineage:
             mean_loss=progress.loss_sum / progress.done_steps if progress.done_steps else None,
             eval_loss=eval_loss,
         )
-        return replace(
-            self, global_step=progress.global_step, files=(*self.files, record), in_progress=None
-        )
+        return replace(self, global_step=progress.global_step, files=(*self.files, record), in_progress=None)
 
     def to_json(self) -> str:
         values = asdict(self)

@@ -73,7 +73,9 @@ class Daemon:
 
     def _start(self) -> None:
         context = self._context
-        context.say("start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root))
+        context.say(
+            "start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root)
+        )
         requests.clear(context.home, requests.STOP)
         requests.clear(context.home, requests.SKIP)
         self._recover()
@@ -165,7 +167,9 @@ class Daemon:
         paused = requests.pending(home, requests.PAUSE) is not None
         if paused != self._paused:
             self._paused = paused
-            self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
+            self._context.say(
+                "paused" if paused else "resumed", "paused by the operator" if paused else "resumed"
+            )
         if self._leaving:
             self._runs.stop("stop", now)
         elif paused:
@@ -251,7 +255,11 @@ class Daemon:
                 raise
             newest = None
         if newest is None and self._newest is not None:
-            self._context.say("model removed", "current_model/ was removed: starting from the base model at step 0", level="warning")
+            self._context.say(
+                "model removed",
+                "current_model/ was removed: starting from the base model at step 0",
+                level="warning",
+            )
         self._newest, self._bad_model_since = newest, None
         self._context.solved("model")
         return True, newest

@@ -54,7 +54,9 @@ class Plan:
 
     @property
     def sentence(self) -> str:
-        return f"This file will train for {self.planned_steps} steps (reaching global step {self.target_step})"
+        return (
+            f"This file will train for {self.planned_steps} steps (reaching global step {self.target_step})"
+        )
 
     def done_steps(self, global_step: int) -> int:
         return global_step - self.base_step

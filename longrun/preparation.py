@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from longrun import archive, disk, wire
 from longrun.config import unpinned
 from longrun.errors import BadModel
+from longrun.home import FACTS
 from longrun.job import Job, JobState
 from longrun.worker import Child
 
 if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
-
-FACTS = "facts.json"
-ROWS = "rows.arrow"
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,9 @@ class Preparation:
         remarks = [*facts["notes"], *([f"same content as job {twin.number}, trained again"] if twin else [])]
         if facts["skipped_rows"]:
             first = facts["skipped"][0]
-            remarks.append(f"{facts['skipped_rows']} bad rows skipped, the first at line {first.get('line')}: {first['why']}")
+            remarks.append(
+                f"{facts['skipped_rows']} bad rows skipped, the first at line {first.get('line')}: {first['why']}"
+            )
         context.say(
             "queued",
             f"{job.name}: {job.rows} rows ({job.format}){''.join(f'; {remark}' for remark in remarks)}",
@@ -165,11 +165,16 @@ class Preparation:
         )
 
     def _tell_prepared(self, job: Job, facts: dict[str, Any]) -> None:
-        told = [f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them trained", facts["mask_source"]]
+        told = [
+            f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them trained",
+            facts["mask_source"],
+        ]
         if facts["truncated_rows"]:
             told.append(f"{facts['truncated_rows']} rows cut at max_length = {facts['max_length']} tokens")
         if facts["untrainable_rows"]:
-            told.append(f"{facts['untrainable_rows']} rows left out: no token to learn from (e.g. row {facts['untrainable_first']})")
+            told.append(
+                f"{facts['untrainable_rows']} rows left out: no token to learn from (e.g. row {facts['untrainable_first']})"
+            )
         level = "warning" if facts["truncated_rows"] or facts["untrainable_rows"] else "info"
         self._context.say("prepared", f"{job.name}: {'; '.join(told)}", level=level, job=job.number, **facts)
 
@@ -177,7 +182,11 @@ class Preparation:
         """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
         if failure.kind in ("disk", "base model"):
             self.preparer.kill()
-            raise (OSError(28, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint))
+            raise (
+                OSError(28, failure.why)
+                if failure.kind == "disk"
+                else BadModel(failure.why, hint=failure.hint)
+            )
         self._count_attempt(job, failure.why)
 
     def _died(self, how: str) -> None:
@@ -190,7 +199,10 @@ class Preparation:
         elif self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0
             log = self._context.home.logs / f"{self.preparer.role}.log"
-            raise BadModel(f"the preparer cannot start ({how})", hint=f"see the end of {log}; `daemon.py doctor` may tell why")
+            raise BadModel(
+                f"the preparer cannot start ({how})",
+                hint=f"see the end of {log}; `daemon.py doctor` may tell why",
+            )
 
     def _count_attempt(self, job: Job, why: str) -> None:
         disk.remove_tree(self._context.home.prepared(job.number), self._context.home.staging)
@@ -199,7 +211,9 @@ class Preparation:
             self._context.reject(job, {"kind": "crash", "why": f"{why}, {attempts} times"})
             return
         self._context.ledger.note(job, attempts=attempts)
-        self._context.say("retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning")
+        self._context.say(
+            "retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning"
+        )
 
     def _release_when_idle(self, now: float) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes

@@ -141,7 +141,14 @@ class Runs:
             f" from {newest.path.name if newest else 'the base model ' + self._context.base_model(None)}",
             job=job.number,
         )
-        say("planned", plan.sentence, job=job.number, file=job.name, plan=plan.to_dict(), target_step=plan.target_step)
+        say(
+            "planned",
+            plan.sentence,
+            job=job.number,
+            file=job.name,
+            plan=plan.to_dict(),
+            target_step=plan.target_step,
+        )
         done = plan.done_steps(newest.global_step) if newest else 0
         if done:
             left = plan.planned_steps - done
@@ -251,7 +258,10 @@ class Runs:
 
     def overdue(self, now: float) -> bool:
         """Whether the worker has work and makes no progress: the system's watchdog is not reassured then."""
-        return self.current is not None and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
+        return (
+            self.current is not None
+            and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
+        )
 
     def _apply(self, message: wire.Message, now: float) -> None:
         run = self.current
@@ -278,7 +288,10 @@ class Runs:
         self._deaths = 0
         how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
         self._context.say(
-            "started", f"{run.job.name}: training on {message.device}, model {how}", job=run.job.number, warm=message.warm
+            "started",
+            f"{run.job.name}: training on {message.device}, model {how}",
+            job=run.job.number,
+            warm=message.warm,
         )
         if run.stopping:
             self.worker.send(wire.Stop(why=run.stopping), now)
@@ -343,8 +356,14 @@ class Runs:
 
     def finish(self, job: Job, newest: Checkpoint) -> None:
         """The model's lineage has the job: tell how it went and put the file away."""
-        record = next(r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256))
-        told = [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
+        record = next(
+            r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256)
+        )
+        told = (
+            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"]
+            if record.mean_loss
+            else []
+        )
         if record.eval_loss is not None:
             told.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
         self._context.finish(job)
@@ -385,11 +404,20 @@ class Runs:
         if failure.kind == "model removed":
             self._model_removed(run, failure.why)
         elif failure.kind == "diverged":
-            reason = {"kind": "diverged", "why": failure.why, "step": failure.global_step, "rows": failure.rows}
+            reason = {
+                "kind": "diverged",
+                "why": failure.why,
+                "step": failure.global_step,
+                "rows": failure.rows,
+            }
             self._context.reject(run.job, reason | {"fix": failure.hint})
         elif failure.kind in ("disk", "base model", "configuration"):
             self._context.ledger.move(run.job, JobState.QUEUED)
-            raise OSError(errno.ENOSPC, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint)
+            raise (
+                OSError(errno.ENOSPC, failure.why)
+                if failure.kind == "disk"
+                else BadModel(failure.why, hint=failure.hint)
+            )
         else:
             self._retry(run, failure.why, failure.kind)
 

@@ -50,7 +50,14 @@ class Child:
         socket_path = self._home.state / f"{self.role}.sock"
         self._listener = wire.listen(socket_path)
         self._listener.setblocking(False)
-        command = [sys.executable, str(PROGRAM), f"--{self.role}", str(socket_path), "--home", str(self._home.root)]
+        command = [
+            sys.executable,
+            str(PROGRAM),
+            f"--{self.role}",
+            str(socket_path),
+            "--home",
+            str(self._home.root),
+        ]
         with self._open_log() as log:
             # A session of its own: Ctrl-C in the terminal is for the daemon, which then asks for a checkpoint.
             self._process = subprocess.Popen(
@@ -66,7 +73,11 @@ class Child:
 
     def filenos(self) -> list[int]:
         """What to wait on for news."""
-        return [end.fileno() for end in (self._channel, None if self._channel else self._listener) if end is not None]
+        return [
+            end.fileno()
+            for end in (self._channel, None if self._channel else self._listener)
+            if end is not None
+        ]
 
     def send(self, message: wire.Message, now: float) -> None:
         """Give it work; if it is gone, receive() will say so."""

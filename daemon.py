@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""One long training run, extended by every file you drop.
+
+python daemon.py                 watch inbox/ and train what arrives (Ctrl-C: checkpoint, then leave)
+python daemon.py run --drain     train what is there, then leave
+python daemon.py status          what it is doing
+python daemon.py demo            see it work in a scratch folder, without a download
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from longrun import __version__
+from longrun.errors import LongrunError
+from longrun.home import Home, find_home
+
+EXIT_CODES = """\
+exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another process, 78 bad configuration"""
+
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    flags = {"model.base_model": args.base_model, "log.format": args.log_format}
+    try:
+        return _do(args, find_home(args.home), flags)
+    except LongrunError as error:
+        print(f"daemon.py: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `daemon.py status | head`
+        return 1
+
+
+def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
+    """Imports stand where they are needed: status must answer at once, and only run needs it all."""
+    if args.command == "run":
+        from longrun import compose
+
+        return compose.run(home, flags, drain=args.drain)
+    if args.command == "demo":
+        from longrun import demo
+
+        return demo.run(args.home)
+    from longrun import commands
+
+    match args.command:
+        case "status":
+            return commands.show_status(home, as_json=args.json)
+        case "pause":
+            return commands.pause(home)
+        case "resume":
+            return commands.resume(home)
+        case "stop":
+            return commands.stop(home, now=args.now)
+        case "skip":
+            return commands.skip(home)
+        case "retry":
+            return commands.retry(home, args.name)
+        case "put":
+            return commands.put(home, args.files)
+        case "check":
+            return commands.check(home, args.file, flags)
+        case "logs":
+            return commands.logs(home, follow=args.follow)
+        case _:
+            return commands.doctor(home, flags)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """`daemon.py --home X --drain` means `daemon.py run --home X --drain`; --home may stand on either side."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--home", help="folder of inbox, model and history (default: LONGRUN_HOME, or here)")
+    shared.add_argument(
+        "--base-model", metavar="M", help="tiny, a folder, or a hub name; for a model that begins"
+    )
+    shared.add_argument("--log-format", choices=("text", "json"), help="of stderr and logs/daemon.log")
+    before, rest = shared.parse_known_args(argv)
+    if not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help", "--version")):
+        rest = ["run", *rest]
+    args = _parser(shared).parse_args(rest)
+    for name, value in vars(before).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
+
+
+def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="daemon.py",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"Longrun {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:  # noqa: A002
+        return commands.add_parser(name, parents=[shared], help=help, description=help)
+
+    command("run", "watch inbox/ and train what arrives").add_argument(
+        "--drain",
+        action="store_true",
+        help="leave when inbox and queue are empty: 0 all trained, 1 some rejected",
+    )
+    command("status", "what the daemon is doing").add_argument("--json", action="store_true")
+    command("pause", "stop training at the next step boundary, after a checkpoint, until resume")
+    command("resume", "go on after pause")
+    command("stop", "make the daemon leave after a checkpoint").add_argument(
+        "--now", action="store_true", help="without a checkpoint: the steps since the last one are done again"
+    )
+    command("skip", "end the training of the running file only")
+    command("retry", "drop a rejected (or trained) file again").add_argument("name", metavar="NAME")
+    command("put", "copy files into the inbox, each appearing there whole").add_argument(
+        "files", nargs="+", type=Path, metavar="FILE"
+    )
+    command("check", "say whether a file is good, and what it would train for").add_argument(
+        "file", type=Path
+    )
+    command("logs", "show the end of the log").add_argument("-f", "--follow", action="store_true")
+    command("demo", "see it work in a scratch folder (or in --home)")
+    command("doctor", "look for what could keep training from working")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,280 @@
+"""What operators type: each command of daemon.py but `run` and `demo`. Standard library only, so all answer at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun import archive, config, disk, requests, status
+from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning
+from longrun.journal import printable
+from longrun.plan import make_plan
+from longrun.worker import PROGRAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from longrun.home import Home
+
+TAIL_LINES = 40
+LOOK_S = 0.2
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def show_status(home: Home, *, as_json: bool) -> int:
+    """The daemon's state; exit code 3 when it does not run."""
+    facts = status.read(home)
+    facts["global_step"] = max(facts["global_step"] if facts["current"] else 0, status.published_step(home))
+    if as_json:
+        say(json.dumps(facts, indent=1, ensure_ascii=True))
+    else:
+        for line in _status_lines(facts):
+            say(printable(line))
+    return ExitCode.NOT_RUNNING if facts["state"] == "stopped" else ExitCode.OK
+
+
+def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
+    pid = f" (pid {facts['pid']})" if facts["pid"] else ""
+    yield f"state        {facts['state']}{pid}"
+    if "stale_s" in facts:
+        yield f"             has not answered for {facts['stale_s']} s: it may hang"
+    yield f"global step  {facts['global_step']}"
+    current = facts["current"]
+    if current:
+        left = f", {current['eta_s']:.0f} s left" if current["eta_s"] else ""
+        yield f"training     {current['file']}: {current['done_steps']} of {current['planned_steps']} steps{left}"
+        yield f"             from global step {current['base_step']} to {current['target_step']}"
+    yield f"queue        {facts['queued']}" + (f": {', '.join(facts['queue'][:5])}" if facts["queue"] else "")
+    for name in facts.get("being_written", [])[:5]:
+        yield f"             inbox/{name} is still being written"
+    yield f"trained      {facts['trained']}"
+    yield f"rejected     {facts['rejected']}" + (
+        "  (rejected/*.reason.json say why)" if facts["rejected"] else ""
+    )
+    for problem in facts["problems"]:
+        yield f"problem      {problem}"
+
+
+def pause(home: Home) -> int:
+    requests.make(home, requests.PAUSE)
+    running = disk.holder(home.daemon_lock) is not None
+    say(
+        "pausing at the next step boundary, after a checkpoint; `daemon.py resume` goes on"
+        if running
+        else "no daemon is running; the next one will start paused, until `daemon.py resume`"
+    )
+    return ExitCode.OK
+
+
+def resume(home: Home) -> int:
+    say("training goes on" if requests.clear(home, requests.PAUSE) else "it was not paused")
+    return ExitCode.OK
+
+
+def stop(home: Home, *, now: bool) -> int:
+    """Ask the daemon to leave and wait until it has."""
+    _running(home)
+    requests.make(home, requests.STOP, now=now)
+    say("stopping at once" if now else "stopping at the next step boundary, after a checkpoint ...")
+    while disk.holder(home.daemon_lock) is not None:
+        time.sleep(LOOK_S)
+    say("stopped")
+    return ExitCode.OK
+
+
+def skip(home: Home) -> int:
+    """End the training of the running file, and of no other."""
+    _running(home)
+    current = status.read(home)["current"]
+    if not current:
+        raise LongrunError("cannot skip: no file is being trained", hint="see `daemon.py status`")
+    requests.make(home, requests.SKIP, job=current["job"])
+    say(
+        f"skipping {printable(current['file'])} at the next step boundary; rejected/ will say which rows were trained"
+    )
+    return ExitCode.OK
+
+
+def _running(home: Home) -> dict[str, Any]:
+    held = disk.holder(home.daemon_lock)
+    if held is None:
+        raise NotRunning(f"no daemon runs on {home.root}", hint="start it with `python daemon.py run`")
+    return held
+
+
+def retry(home: Home, name: str) -> int:
+    """Put a rejected file, or a copy of a trained one, into the inbox again: it trains as a new job."""
+    try:
+        target = archive.take_back(home, name)
+    except FileNotFoundError:
+        near = sorted(path.name for path in home.rejected.glob("*") if not path.name.endswith(archive.REASON))
+        raise LongrunError(
+            f"cannot retry {name}: it is neither in rejected/ nor in trained/",
+            hint=f"rejected: {', '.join(near[:5]) or 'nothing'}",
+        ) from None
+    say(f"inbox/{printable(target.name)} will train from its first row")
+    return ExitCode.OK
+
+
+def put(home: Home, files: list[Path]) -> int:
+    """Copy files into the inbox so that they appear there whole."""
+    for file in files:
+        if not file.is_file():
+            raise LongrunError(f"cannot put {file}: there is no such file", hint="check the path")
+    home.inbox.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        say(f"inbox/{printable(archive.put(home, file).name)}")
+    return ExitCode.OK
+
+
+def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
+    """Examine a file as the daemon would, without training it."""
+    from longrun.examine import examine
+
+    if not file.is_file():
+        raise LongrunError(f"cannot check {file}: there is no such file", hint="check the path")
+    settings = config.load(home.settings, flags=flags)
+    try:
+        found = examine(
+            file, on_bad_row=settings.inbox.on_bad_row, max_line_bytes=settings.inbox.max_line_bytes
+        )
+        plan = make_plan(
+            job=0,
+            name=file.name,
+            sha256=found.sha256,
+            trainable_rows=found.rows,
+            base_step=status.published_step(home),
+            recipe=settings.recipe,
+        )
+    except BadFile as error:
+        say(f"{file}: would be rejected: {printable(str(error))}")
+        if error.extract:
+            say(f"    {printable(error.extract)}")
+        return ExitCode.FAILURE
+    say(f"{file}: good. {found.rows} rows ({found.format}), {found.size_bytes} bytes")
+    for note in found.notes:
+        say(f"    {printable(note)}")
+    for problem in found.skipped:
+        say(f"    skipped: line {problem.get('line')}: {printable(problem['why'])}")
+    say(plan.sentence + " unless rows turn out to have no token to learn from")
+    return ExitCode.OK
+
+
+def logs(home: Home, *, follow: bool) -> int:
+    """The end of the log; with `follow`, what comes too, over rotations."""
+    if not home.log.exists():
+        raise LongrunError(
+            f"there is no log yet at {home.log}", hint="start the daemon with `python daemon.py run`"
+        )
+    command = ["tail", "-n", str(TAIL_LINES), *(["-F"] if follow else []), str(home.log)]
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(command, check=False)
+    return ExitCode.OK
+
+
+# -- doctor
+
+
+def doctor(home: Home, flags: dict[str, Any]) -> int:
+    """Look at everything that training needs and say what is wrong with it; FAILURE if something is."""
+    fine = True
+    for name, look in _EXAMINATIONS.items():
+        try:
+            verdict, good = look(home, flags), True
+        except (LongrunError, OSError, subprocess.SubprocessError) as error:
+            verdict, good = str(error), False
+        fine &= good
+        say(f"{'ok  ' if good else 'BAD '} {name:<12} {printable(verdict)}")
+    return ExitCode.OK if fine else ExitCode.FAILURE
+
+
+def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
+    settings = config.load(home.settings, flags=flags)
+    given = [f"{key} from {source}" for key, source in settings.sources.items()]
+    return f"{home.settings.name}: {', '.join(given) or 'all defaults'}"
+
+
+def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from longrun.compose import check_home, check_one_file_system
+
+    check_home(home)
+    home.make()
+    check_one_file_system(home)
+    probe = home.state / "doctor.probe"
+    disk.write_file(probe, b"")
+    probe.unlink()
+    held = disk.holder(home.daemon_lock)
+    who = f"; held by {held.get('what')} (pid {held.get('pid')})" if held else "; no daemon runs"
+    return f"{home.root} can be written{who}"
+
+
+def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    free = shutil.disk_usage(home.root).free
+    if free < config.MEBIBYTE * 256:
+        raise LongrunError(
+            f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model"
+        )
+    return f"{free / 1e9:.1f} GB are free"
+
+
+def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from longrun.inbox import has_writer
+
+    probe = home.inbox / ".doctor.probe"
+    with probe.open("wb"):
+        seen = has_writer(probe)
+    probe.unlink()
+    if seen is None:
+        return "open writers cannot be seen on this file system: a file settles after 10 s without a change"
+    return "open writers can be seen: a file settles 1 s after its last change"
+
+
+def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("torch", "transformers", "accelerate", "datasets", "trl", "watchdog"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            raise LongrunError(
+                f"{name} is not installed", hint="pip install -e . in a virtual environment"
+            ) from None
+    return ", ".join(found)
+
+
+def _look_at_device(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    command = [sys.executable, str(PROGRAM), "--device"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if answer.returncode:
+        raise LongrunError((answer.stderr.strip().splitlines() or ["torch cannot be started"])[-1])
+    return answer.stdout.strip().splitlines()[-1]
+
+
+def _look_at_base_model(home: Home, flags: dict[str, Any]) -> str:
+    source = config.load(home.settings, flags=flags).model.base_model
+    command = [sys.executable, str(PROGRAM), "--check-base", source]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode:
+        raise BadConfig((answer.stderr.strip().splitlines() or [f"{source} cannot be loaded"])[-1])
+    return source
+
+
+_EXAMINATIONS: dict[str, Callable[[Home, dict[str, Any]], str]] = {
+    "settings": _look_at_settings,
+    "home": _look_at_home,
+    "disk": _look_at_disk,
+    "inbox": _look_at_inbox,
+    "packages": _look_at_packages,
+    "device": _look_at_device,
+    "base model": _look_at_base_model,
+}

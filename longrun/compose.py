@@ -1,0 +1,110 @@
+"""Putting the daemon together: locks, checks that must hold before anything is touched, then its parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from longrun import checkpoint, config, disk
+from longrun.context import Context, check_base
+from longrun.errors import BadConfig, BadModel, ExitCode, Locked
+from longrun.journal import Journal
+from longrun.ledger import Ledger
+from longrun.loop import Daemon
+from longrun.worker import PROGRAM
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from longrun.home import Home
+
+FORMER_WORKER_S = 60.0
+HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a user wants to know
+
+
+def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
+    """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
+    settings = config.load(home.settings, flags=flags)
+    check_home(home)
+    home.make()
+    with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
+        check_one_file_system(home)
+        wait_for_former_worker(home)
+        ledger = Ledger.open(home.ledger)
+        context = Context(
+            home=home,
+            settings=settings,
+            flags=flags,
+            ledger=ledger,
+            journal=Journal(home, settings.log),
+            verifier=checkpoint.Verifier(),
+        )
+        try:
+            check_base_model(context)
+            clean = Daemon(context, drain=drain or by_hand is not None, by_hand=by_hand).run()
+        finally:
+            ledger.close()
+    return ExitCode.OK if clean or not (drain or by_hand) else ExitCode.FAILURE
+
+
+def check_readable(file: Path) -> None:
+    if not file.is_file():
+        raise BadConfig(f"cannot train {file}: there is no such file", hint="check the path")
+
+
+def check_home(home: Home) -> None:
+    if not home.root.is_dir():
+        raise BadConfig(
+            f"cannot use {home.root} as home: there is no such folder", hint=f"mkdir -p {home.root}"
+        )
+
+
+def check_one_file_system(home: Home) -> None:
+    """Moves between these folders must be renames, or they would not be atomic."""
+    device = home.state.stat().st_dev
+    for folder in (home.model, home.trained, home.rejected, home.jobs, home.staging):
+        if folder.exists() and folder.stat().st_dev != device:
+            raise BadConfig(
+                f"{folder} is on another file system than {home.state}",
+                hint="keep the home on one file system (only inbox/ may be elsewhere); --home chooses the place",
+            )
+
+
+def wait_for_former_worker(home: Home) -> None:
+    """A worker whose daemon was killed dies with it; where the kernel does not see to that, wait for it."""
+    deadline = time.monotonic() + FORMER_WORKER_S
+    while (former := disk.holder(home.model_lock)) is not None:
+        if time.monotonic() > deadline:
+            raise Locked(
+                f"cannot start: a former training worker (pid {former.get('pid')}) still holds {home.model}",
+                hint=f"end it with `kill {former.get('pid')}`",
+            )
+        time.sleep(0.1)
+
+
+def check_base_model(context: Context) -> None:
+    """BadConfig when training could not even begin, or would go on from another base model than was asked for."""
+    try:
+        newest = context.newest()
+    except BadModel:
+        return  # a running daemon says so and waits for a person
+    if newest is not None:
+        check_base(context.settings, newest)
+        return
+    source = context.settings.model.base_model
+    command = [sys.executable, str(PROGRAM), "--check-base", source]
+    if source == config.TINY:
+        return
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=HUB_ANSWERS_S, check=False)
+    except subprocess.TimeoutExpired:
+        why = f"the model hub did not answer within {HUB_ANSWERS_S:g} s"
+        raise BadConfig(
+            f"cannot load the base model {source}: {why}",
+            hint="give a local folder, or check the network and HF_ENDPOINT; `daemon.py demo` needs no download",
+        ) from None
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1:] or ["it cannot be loaded"]
+        raise BadConfig(last[0].removeprefix("train.py: "))

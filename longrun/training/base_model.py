@@ -1,0 +1,134 @@
+"""The base model: the built-in tiny one, a folder, or a hub name, through the ordinary from_pretrained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun.config import TINY
+from longrun.errors import BadConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+HUB_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how numbers are computed, and why."""
+
+    name: str  # cpu, cuda
+    bf16: bool  # autocast to bfloat16
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{' with bf16' if self.bf16 else ''} ({self.why})"
+
+
+def find_device(dtype: str = "auto") -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "torch sees no CUDA device" if torch.version.cuda else "this torch is built for the CPU only"
+        return Device("cpu", bf16=False, why=built)
+    name = torch.cuda.get_device_name(0)
+    if dtype == "float32":
+        return Device("cuda", bf16=False, why=f"{name}, dtype is set to float32")
+    bf16 = torch.cuda.is_bf16_supported()
+    return Device("cuda", bf16=bf16, why=f"{name}, which {'computes' if bf16 else 'cannot compute'} in bf16")
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if source == TINY:
+        from longrun.training.tiny import make_tokenizer
+
+        return make_tokenizer()
+    from transformers import AutoTokenizer
+
+    with _told_as_bad_config(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            *_name_and_commit(source)[:1], **_name_and_commit(source)[1], trust_remote_code=trust_remote_code
+        )
+        return tokenizer
+
+
+def load_model(
+    source: str, *, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The causal language model at `source`: tiny, a folder (also a checkpoint), or a hub name, maybe name@commit."""
+    if source == TINY:
+        from longrun.training.tiny import make_model
+
+        return make_model()
+    from transformers import AutoModelForCausalLM
+
+    name, commit = _name_and_commit(source)
+    options: dict[str, Any] = dict(commit)
+    if attn_implementation != "auto":
+        options["attn_implementation"] = attn_implementation
+    with _told_as_bad_config(source):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+        return model
+
+
+def pinned(source: str, model: PreTrainedModel) -> str:
+    """The name to write into the lineage: a hub name with the commit that was loaded, anything else as it is."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{source.partition('@')[0]}@{commit}" if commit and not os.path.isabs(source) else source  # noqa: PTH117
+
+
+def _name_and_commit(source: str) -> tuple[str, dict[str, str]]:
+    name, _, commit = ("" if os.path.isabs(source) else source).partition("@")  # noqa: PTH117
+    return name or source, {"revision": commit} if commit else {}
+
+
+class _told_as_bad_config:  # noqa: N801  (reads as words where it is used)
+    """What from_pretrained raises, as one sentence with a way out."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError | ImportError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise unusable(self._source, first) from error
+
+
+def unusable(source: str, why: str) -> BadConfig:
+    return BadConfig(
+        f"cannot load the base model {source}: {why}",
+        hint="give a folder made by save_pretrained, a hub name that can be reached (HF_ENDPOINT, HF_TOKEN),"
+        " or --base-model tiny; `daemon.py demo` needs no download",
+    )
+
+
+def check(source: str) -> None:
+    """BadConfig unless the base model is there; asks only for its config, and not for long."""
+    if source == TINY:
+        return
+    if os.path.isdir(source):  # noqa: PTH112
+        if not (Path(source) / "config.json").is_file():
+            raise unusable(source, "the folder has no config.json")
+        return
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise unusable(source, "there is no such folder")
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_TIMEOUT_S))
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(HUB_TIMEOUT_S))
+    from huggingface_hub import hf_hub_download
+
+    name, commit = _name_and_commit(source)
+    try:
+        hf_hub_download(name, "config.json", **commit)
+    except Exception as error:  # noqa: BLE001  (each hub version has its own tree of network errors)
+        first = str(error).strip().splitlines()
+        raise unusable(source, first[0] if first else type(error).__name__) from error

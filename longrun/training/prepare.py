@@ -1,0 +1,152 @@
+"""From a claimed file to tokens on disk: read strictly again, apply the template, mask, tokenise.
+
+Rows go to an Arrow stream that the trainer maps into memory, so a file's size never becomes memory. The
+folder is complete or absent, and its facts say which bytes and which settings the tokens came from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from longrun import disk
+from longrun.errors import BadFile
+from longrun.examine import read_rows
+from longrun.home import FACTS, ROWS
+from longrun.rows import ChatRow, Row, RowFormat
+from longrun.training.masks import Encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from longrun import wire
+    from longrun.training.masks import Encoded
+
+ROWS_A_BATCH = 512
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "row": pa.int64(),  # number in the file, from 0, of the rows that were accepted
+    }
+)
+
+
+@dataclass
+class Tally:
+    rows: int = 0
+    trainable_rows: int = 0
+    truncated_rows: int = 0
+    untrainable_rows: int = 0  # no token to learn from is left: not trained, and said so
+    untrainable_first: int | None = None  # its row number, from 1
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+
+    def count(self, number: int, encoded: Encoded) -> bool:
+        """Book one row; whether it is trained."""
+        self.rows += 1
+        self.truncated_rows += encoded.truncated
+        if not encoded.trained_tokens:
+            self.untrainable_rows += 1
+            self.untrainable_first = self.untrainable_first or number + 1
+            return False
+        self.trainable_rows += 1
+        self.tokens += len(encoded.input_ids)
+        self.trained_tokens += encoded.trained_tokens
+        self.longest = max(self.longest, len(encoded.input_ids))
+        return True
+
+
+def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) -> dict[str, Any]:
+    """Write the prepared rows of the task's file; the facts about them, as they are written beside them.
+
+    BadFile when a row cannot be masked exactly, or when the bytes are no longer those that were examined.
+    """
+    folder = Path(task.folder)
+    fresh = folder.with_name("preparing")
+    for remains in (fresh, folder):
+        disk.remove_tree(remains, folder.parent)
+    fresh.mkdir()
+    tally = Tally()
+    reader = read_rows(
+        Path(task.path),
+        RowFormat(task.format),
+        on_bad_row=task.on_bad_row,
+        max_line_bytes=task.max_line_bytes,
+    )
+    _write(fresh / ROWS, _encoded(reader, encoder, tally, alive))
+    if reader.sha256 != task.sha256:
+        raise BadFile("its bytes changed after it was claimed", kind="changed", hint="drop the file again")
+    facts = {
+        "sha256": task.sha256,
+        "max_length": task.max_length,
+        "base_model": task.base_model,
+        "on_bad_row": task.on_bad_row,
+        **vars(tally),
+        "mask_source": encoder.mask_source
+        if tally.rows and RowFormat(task.format) in CHAT
+        else "no template needed",
+    }
+    (fresh / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    disk.sync_tree(fresh)
+    disk.rename(fresh, folder)
+    return facts
+
+
+CHAT = frozenset({RowFormat.MESSAGES, RowFormat.SHAREGPT, RowFormat.ALPACA})
+
+
+def count(path: Path, row_format: RowFormat, on_bad_row: str, max_line_bytes: int, encoder: Encoder) -> Tally:
+    """What preparing the file would find, without writing anything."""
+    tally = Tally()
+    reader = read_rows(path, row_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
+    for _ in _encoded(reader, encoder, tally, lambda _: None):
+        pass
+    return tally
+
+
+def _encoded(
+    reader: Any, encoder: Encoder, tally: Tally, alive: Callable[[str], None]
+) -> Iterator[tuple[list[int], list[int], int]]:
+    told = time.monotonic()
+    for number, row in reader:
+        encoded = _encode(encoder, number, row)
+        if tally.count(number, encoded):
+            yield encoded.input_ids, encoded.labels, number
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            alive(f"{number + 1} rows tokenised")
+
+
+def _encode(encoder: Encoder, number: int, row: Row) -> Encoded:
+    try:
+        return encoder.encode(row)
+    except BadFile as error:
+        field = f"row {number + 1}" + (f", {error.field}" if error.field else "")
+        kind = "template" if isinstance(row, ChatRow) else error.kind
+        raise BadFile(error.why, kind=kind, field=field, extract=error.extract, hint=error.hint) from None
+
+
+def _write(path: Path, rows: Iterator[tuple[list[int], list[int], int]]) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+        batch: list[tuple[list[int], list[int], int]] = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == ROWS_A_BATCH:
+                stream.write_batch(_to_batch(batch))
+                batch.clear()
+        if batch:
+            stream.write_batch(_to_batch(batch))
+
+
+def _to_batch(rows: list[tuple[list[int], list[int], int]]) -> pa.RecordBatch:
+    return pa.record_batch(
+        [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)],
+        schema=SCHEMA,
+    )

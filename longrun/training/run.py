@@ -1,0 +1,383 @@
+"""One run: train what is left of a plan, and commit checkpoints as it goes.
+
+The Runner lives as long as the worker and keeps model and optimizer in memory from file to file; a Session is
+one run. Warmth is a cache: what the Session goes on from is always the checkpoint that it was given.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainingArguments
+
+from longrun import checkpoint, disk, wire
+from longrun.errors import LongrunError
+from longrun.journal import utc_now
+from longrun.lineage import InProgress, Lineage
+from longrun.plan import Plan, Recipe
+from longrun.training import base_model
+from longrun.training.data import Collator, PlannedRows
+from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
+from longrun.training.order import held_out_rows, training_order
+from longrun.training.trainer import InMemory, PlannedTrainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import TrainerControl, TrainerState
+
+    from longrun.home import Home
+
+TELL_S = 0.5  # between progress messages
+SAVE_SHARE = 0.02  # of the time may go into checkpoints, at the default interval
+SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a kill can cost
+LOOK_FOR_ROOM_S = 2.0
+ROOM_MARGIN_BYTES = 32 << 20
+
+
+class DiskFull(LongrunError):
+    """The run was asked to stop while there was no room for its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a worker is started with and keeps for life."""
+
+    per_device: int
+    batch_size: int
+    dtype: str
+    attn_implementation: str
+    trust_remote_code: bool
+    gradient_checkpointing: bool
+    optim: str
+    report_to: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        values = json.loads(text)
+        return cls(**{**values, "report_to": tuple(values["report_to"])})
+
+
+class Runner:
+    def __init__(self, home: Home, options: Options, channel: wire.Channel) -> None:
+        self._home = home
+        self._options = options
+        self._channel = channel
+        self._trainer: PlannedTrainer | None = None
+        self._base = ""
+        self.device = base_model.find_device(options.dtype)
+        self.metrics = Metrics(home, tensorboard=_has_tensorboard(options))
+
+    def run(self, task: wire.Train) -> wire.Ended:
+        """Train the task's plan to its end, or until asked to stop. Raises Diverged, ModelRemoved, BadConfig."""
+        started = time.monotonic()
+        newest = checkpoint.Verifier().trust(Path(task.checkpoint)) if task.checkpoint else None
+        digest = newest.digest if newest else ""
+        warm = self._trainer is not None
+        trainer = self._trainer or self._load(task, newest)
+        lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=self._base)
+        with checkpoint.OpenModel(self._home, newest) as model:
+            session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics)
+            trainer.conductor, trainer.resumes = session, digest
+            trainer.train_dataset = session.rows  # type: ignore[assignment]
+            trainer.args.max_steps = session.plan.target_step
+            trainer.args.max_grad_norm = session.recipe.max_grad_norm
+            seconds = time.monotonic() - started
+            self._channel.send(
+                wire.Started(
+                    job=session.plan.job,
+                    global_step=session.progress.global_step,
+                    device=str(self.device),
+                    seconds=seconds,
+                    warm=warm and trainer.in_memory.weights == digest,
+                )
+            )
+            trainer.train(resume_from_checkpoint=task.checkpoint)
+            self.metrics.flush()
+            return session.ended()
+
+    def _load(self, task: wire.Train, newest: checkpoint.Checkpoint | None) -> PlannedTrainer:
+        """A Trainer with the model of the checkpoint, or with the base model when there is none."""
+        options, source = self._options, task.checkpoint or task.base_model
+        model = base_model.load_model(
+            source,
+            dtype=torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+        )
+        self._base = base_model.pinned(task.base_model, model)
+        tokenizer = base_model.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+        model.config.use_cache = False if options.gradient_checkpointing else model.config.use_cache
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        trainer = PlannedTrainer(
+            model=model,
+            args=_arguments(self._home, options, self.device),
+            data_collator=Collator(pad),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.in_memory = InMemory(weights=newest.digest if newest else "")
+        # Imports and model are here for life: without this each train() spends 0.2 s collecting them.
+        gc.collect()
+        gc.freeze()
+        self._trainer = trainer
+        return trainer
+
+
+def _arguments(home: Home, options: Options, device: base_model.Device) -> TrainingArguments:
+    """The one TrainingArguments of this process: a second would reset accelerate's state under the Trainer."""
+    return TrainingArguments(
+        output_dir=str(home.staging),
+        per_device_train_batch_size=options.per_device,
+        gradient_accumulation_steps=options.batch_size // options.per_device,
+        max_steps=1,  # set for each run
+        optim=options.optim,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=device.bf16 and options.dtype != "bfloat16",
+        use_cpu=device.name == "cpu",
+        train_sampling_strategy="sequential",
+        ignore_data_skip=True,
+        auto_find_batch_size=False,
+        remove_unused_columns=False,
+        save_strategy="no",  # the Session says when
+        save_total_limit=None,  # our own retention never deletes the resume target
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=device.name != "cpu",
+        disable_tqdm=True,
+        report_to=[name for name in options.report_to if name != "tensorboard"] or "none",
+    )
+
+
+def _has_tensorboard(options: Options) -> bool:
+    from importlib.util import find_spec
+
+    return "tensorboard" in options.report_to and find_spec("tensorboard") is not None
+
+
+class Session:
+    """One run, as the Trainer's conductor."""
+
+    def __init__(
+        self,
+        home: Home,
+        channel: wire.Channel,
+        task: wire.Train,
+        lineage: Lineage,
+        model: checkpoint.OpenModel,
+        trainer: PlannedTrainer,
+        metrics: Metrics,
+    ) -> None:
+        self.plan = Plan.from_dict(task.plan)
+        self._home, self._channel, self._task = home, channel, task
+        self._model, self._trainer, self._metrics = model, trainer, metrics
+        self._before, self.progress = lineage.begun(self.plan, utc_now())
+        self._order = training_order(self.plan)
+        prepared = Path(task.prepared)
+        done = self.progress.done_steps * self.plan.recipe.batch_size
+        self.rows = PlannedRows(prepared, self._order[done:])
+        self._held_out = PlannedRows(prepared, held_out_rows(self.plan))
+        on_cpu = trainer.args.device.type == "cpu"
+        self._losses = Losses(
+            self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY
+        )
+        self._stop = ""
+        self._eval_loss: float | None = None
+        self._logged_at = self.progress.global_step
+        self._logged_sum = self._losses.sum
+        self._began = self._told = self._saved = time.monotonic()
+        self._began_step = self.progress.global_step
+        self._save_s: float | None = None  # what the last checkpoint cost
+        metrics.begin(lineage.lineage, self.progress.global_step)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    # -- each step
+
+    def trained(self, loss: torch.Tensor, rows: list[int]) -> None:
+        self._losses.add(loss, rows)
+
+    def step_ended(self, state: TrainerState, control: TrainerControl) -> None:
+        """What follows a step: account for it, tell it, and decide on stopping, evaluating and saving."""
+        step = state.global_step
+        rows = self._losses.end_step(step)
+        if self._task.row_log:
+            self._metrics.write_rows(step, lineage=self._before.lineage, job=self.plan.job, rows=rows)
+        at_end = step == self.plan.target_step
+        self._listen()
+        if step % self._task.logging_steps == 0 or at_end or step == self._began_step + 1:
+            self._log(step)
+        self._tell(step, always=at_end or step == self._began_step + 1)
+        if at_end:
+            self._eval_loss = self._evaluate(step)
+        control.should_training_stop = at_end or bool(self._stop)
+        control.should_save = control.should_training_stop or self._is_time_to_save(step)
+
+    def _listen(self) -> None:
+        for message in self._channel.receive(0):
+            if isinstance(message, wire.Stop):
+                self._stop = message.why
+
+    def _log(self, step: int) -> None:
+        self._losses.read()
+        steps = step - self._logged_at
+        if steps:
+            mean = (self._losses.sum - self._logged_sum) / steps
+            self._logged_at, self._logged_sum = step, self._losses.sum
+            rate = self._trainer.optimizer.param_groups[0]["lr"]
+            self._metrics.write(
+                step, loss=mean, learning_rate=self._rate_of(step - 1), next_learning_rate=rate
+            )
+
+    def _rate_of(self, global_step: int) -> float:
+        """The learning rate that the step after `global_step` steps ran at."""
+        warmup = max(1, self.recipe.warmup_steps)
+        return self.recipe.learning_rate * min(1.0, (global_step + 1) / warmup)
+
+    def _tell(self, step: int, *, always: bool) -> None:
+        now = time.monotonic()
+        if always or now - self._told >= TELL_S:
+            self._told = now
+            self._channel.send(
+                wire.Progress(
+                    job=self.plan.job,
+                    global_step=step,
+                    loss=self._losses.last,
+                    learning_rate=self._rate_of(step - 1),
+                    steps_per_s=(step - self._began_step) / (now - self._began),
+                )
+            )
+
+    def logged(self, global_step: int, logs: dict[str, float]) -> None:
+        """The Trainer's own summary of a run adds nothing to ours."""
+
+    # -- evaluating
+
+    def _evaluate(self, step: int) -> float | None:
+        """Mean loss per trained token over the held-out rows; None when there are none."""
+        if not len(self._held_out):
+            return None
+        total, count = 0.0, 0
+        model, args = self._trainer.model_wrapped, self._trainer.args
+        model.eval()
+        loader: DataLoader[Any] = DataLoader(
+            self._held_out,
+            batch_size=args.per_device_train_batch_size,
+            collate_fn=self._trainer.data_collator,
+        )
+        with torch.no_grad():
+            for batch in loader:
+                batch.pop("rows")
+                inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
+                tokens = int((inputs["labels"][:, 1:] != -100).sum())
+                total += float(model(**inputs).loss) * tokens
+                count += tokens
+                self._channel.send(wire.Alive(doing="evaluating"))
+        loss = total / count
+        self._metrics.write(step, eval_loss=loss)
+        return loss
+
+    # -- saving
+
+    def _is_time_to_save(self, step: int) -> bool:
+        if self._task.save_steps:
+            return step % self._task.save_steps == 0
+        wanted = (self._save_s or 0.0) / SAVE_SHARE
+        return time.monotonic() - self._saved > min(max(wanted, SAVE_AT_LEAST_S), SAVE_AT_MOST_S)
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Commit a checkpoint of this step. Without room for it training stands still here; nothing is lost."""
+        self._losses.read()
+        self._check_weights()
+        step = self._trainer.state.global_step
+        staged = self._home.staging / f"checkpoint-{step}"
+        lineage = self._lineage_at(step)
+        while True:
+            self._wait_for_room()
+            started = time.monotonic()
+            try:
+                disk.remove_tree(staged, self._home.staging)
+                write()
+                saved = self._model.commit(staged, lineage, keep=self._task.save_total_limit)
+                break
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if not self._was_for_want_of_room(error):
+                    raise
+                disk.remove_tree(staged, self._home.staging)
+        self._trainer.in_memory = InMemory(saved.digest, saved.digest)
+        self._saved = time.monotonic()
+        self._save_s = self._saved - started
+        self._channel.send(
+            wire.Saved(
+                job=self.plan.job,
+                global_step=step,
+                seconds=self._save_s,
+                size_bytes=disk.tree_bytes(saved.path),
+            )
+        )
+
+    def _lineage_at(self, step: int) -> Lineage:
+        self.progress = replace(
+            self.progress,
+            done_steps=self.plan.done_steps(step),
+            loss_sum=self._losses.sum,
+            last_loss=self._losses.last,
+        )
+        if step < self.plan.target_step:
+            return self._before.at(self.progress)
+        return self._before.ended(
+            self.progress, outcome="trained", finished_at=utc_now(), eval_loss=self._eval_loss
+        )
+
+    def _check_weights(self) -> None:
+        """A checkpoint never holds a weight that is not a number, whatever the losses were."""
+        if not all(bool(torch.isfinite(weight).all()) for weight in self._trainer.model.parameters()):
+            done = self.plan.done_steps(self._trainer.state.global_step) - 1
+            rows = self._order[done * self.recipe.batch_size :][: self.recipe.batch_size]
+            raise Diverged("a weight became nan or inf", self._trainer.state.global_step, rows.tolist())
+
+    def _wait_for_room(self) -> None:
+        need = self._need_bytes()
+        while (free := disk.free_bytes(self._home.staging)) < need:
+            self._channel.send(wire.Waiting(job=self.plan.job, need_bytes=need, free_bytes=free))
+            for message in self._channel.receive(LOOK_FOR_ROOM_S):
+                if isinstance(message, wire.Stop):
+                    raise DiskFull("asked to stop while there is no room for a checkpoint")
+
+    def _need_bytes(self) -> int:
+        """Weights, and for each trained one the two moments of Adam; the published copy shares its blocks."""
+        weights = list(self._trainer.model.parameters())
+        stored = sum(weight.numel() * weight.element_size() for weight in weights)
+        return (
+            stored
+            + 2 * sum(w.numel() * w.element_size() for w in weights if w.requires_grad)
+            + ROOM_MARGIN_BYTES
+        )
+
+    def _was_for_want_of_room(self, error: Exception) -> bool:
+        """torch and safetensors hide the error number; what tells is that there is no room now."""
+        number = getattr(error, "errno", None)
+        return number in disk.FULL or disk.free_bytes(self._home.staging) < self._need_bytes()
+
+    # -- the end
+
+    def ended(self) -> wire.Ended:
+        step = self._trainer.state.global_step
+        trained = self._order[: self.plan.done_steps(step) * self.recipe.batch_size]
+        stopped = self._stop if step < self.plan.target_step else ""
+        rows = sorted({row + 1 for row in self._row_numbers(trained)}) if stopped == "skip" else []
+        return wire.Ended(job=self.plan.job, global_step=step, stopped=stopped, rows_trained=rows)
+
+    def _row_numbers(self, indices: Any) -> list[int]:
+        rows = PlannedRows(Path(self._task.prepared), indices)
+        return [rows[position]["row"] for position in range(len(rows))]

@@ -1,0 +1,81 @@
+"""`train.py --plan`: what a file would be trained for, without touching anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from longrun import checkpoint, config
+from longrun.context import check_base
+from longrun.errors import BadFile, ExitCode
+from longrun.examine import examine
+from longrun.plan import make_plan
+from longrun.training.base_model import load_tokenizer
+from longrun.training.masks import Encoder
+from longrun.training.prepare import count
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from longrun.home import Home
+
+
+def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
+    """Print the plan of each file, each on top of the one before; FAILURE if one would be rejected."""
+    settings = config.load(home.settings, flags=flags)
+    newest = _newest(home)
+    if newest is not None:
+        check_base(settings, newest)
+    step = newest.global_step if newest else 0
+    tokenizer = load_tokenizer(
+        str(newest.path) if newest else settings.model.base_model,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    encoder = Encoder(tokenizer, max_length=settings.train.max_length)
+    code = ExitCode.OK
+    for file in files:
+        try:
+            step = _say_one(file, settings, encoder, step)
+        except BadFile as error:
+            print(f"{file}: would be rejected: {error}")  # noqa: T201
+            code = ExitCode.FAILURE
+    return code
+
+
+def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int) -> int:
+    inbox = settings.inbox
+    found = examine(file, on_bad_row=inbox.on_bad_row, max_line_bytes=inbox.max_line_bytes)
+    tally = count(file, found.format, inbox.on_bad_row, inbox.max_line_bytes, encoder)
+    plan = make_plan(
+        job=0,
+        name=file.name,
+        sha256=found.sha256,
+        trainable_rows=tally.trainable_rows,
+        base_step=step,
+        recipe=settings.recipe,
+    )
+    cut = (
+        f", {tally.truncated_rows} rows cut at {settings.train.max_length} tokens"
+        if tally.truncated_rows
+        else ""
+    )
+    left_out = (
+        f", {tally.untrainable_rows} rows without a token to learn from" if tally.untrainable_rows else ""
+    )
+    print(  # noqa: T201
+        f"{file}: {found.rows} rows ({found.format}), {plan.recipe.epochs} epochs, {plan.held_out_rows} rows held out,"
+        f" effective batch {plan.recipe.batch_size}, from global step {step}{cut}{left_out}"
+    )
+    print(plan.sentence)  # noqa: T201
+    return plan.target_step
+
+
+def _newest(home: Home) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint that verifies; nothing is set aside here."""
+    verifier = checkpoint.Verifier()
+    for number in checkpoint.steps(home.model):
+        try:
+            return verifier.verify(checkpoint.folder_of(home.model, number))
+        except checkpoint.Damaged:
+            continue
+    return None

@@ -1,0 +1,162 @@
+"""The two child processes of the daemon, from their first line to their last word."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longrun import disk, wire
+from longrun.errors import BadConfig, BadFile, LongrunError, ModelRemoved
+
+if TYPE_CHECKING:
+    from longrun.home import Home
+    from longrun.training.masks import Encoder
+    from longrun.training.run import Options, Runner
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+LOCK_WAIT_S = 60.0
+
+
+def be_a_child() -> None:
+    """Live and die with the daemon: Ctrl-C is its to handle, and nobody else is left to do so once it is gone."""
+    disk.die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# -- the worker
+
+
+def worker(home: Home, socket: Path, options_json: str) -> None:
+    """Train what the daemon says, until it is gone."""
+    be_a_child()
+    # More than one visible GPU would make the Trainer split every batch over them.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    with disk.Lock.take(home.model_lock, what="training worker", wait_s=LOCK_WAIT_S):
+        channel = wire.connect(socket)
+        from longrun.training.run import Options, Runner
+
+        options = Options.from_json(options_json)
+        runner = Runner(home, options, channel)
+        channel.send(wire.Hello(pid=os.getpid(), role="worker", device=str(runner.device)))
+        try:
+            while True:
+                for message in channel.receive(None):
+                    if isinstance(message, wire.Train):
+                        _train(runner, channel, message)
+        except wire.Closed:
+            return
+
+
+def _train(runner: Runner, channel: wire.Channel, task: wire.Train) -> None:
+    """One run. After a failure the process ends: what is in its memory is not to be trusted."""
+    try:
+        channel.send(runner.run(task))
+    except wire.Closed:
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever it is, the daemon must hear of it)
+        traceback.print_exc()
+        channel.send(_in_words(task, error))
+        sys.exit(1)
+
+
+def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
+    from longrun.training.metrics import Diverged
+    from longrun.training.run import DiskFull
+
+    job, said = task.plan["job"], str(error).strip() or type(error).__name__
+    if isinstance(error, Diverged):
+        numbers = [row + 1 for row in error.rows]
+        return wire.Failed(
+            job=job,
+            kind="diverged",
+            why=f"{error}, training rows {', '.join(map(str, numbers))}",
+            hint="look at these rows; if they are good, lower learning_rate or set max_grad_norm",
+            global_step=error.global_step,
+            rows=numbers,
+        )
+    if isinstance(error, ModelRemoved):
+        return wire.Failed(job=job, kind="model removed", why=said)
+    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in disk.FULL):
+        return wire.Failed(job=job, kind="disk", why=said)
+    if isinstance(error, BadConfig):
+        return wire.Failed(job=job, kind="base model", why=error.message, hint=error.hint)
+    if _is_out_of_memory(error):
+        return wire.Failed(job=job, kind="out of memory", why=f"out of memory: {said.splitlines()[0]}")
+    hint = error.hint if isinstance(error, LongrunError) else ""
+    return wire.Failed(
+        job=job, kind="crash", why=f"{type(error).__name__}: {said.splitlines()[0]}", hint=hint
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+    )
+
+
+# -- the preparer
+
+
+class Preparer:
+    def __init__(self, channel: wire.Channel) -> None:
+        self._channel = channel
+        self._encoders: dict[tuple[str, int], Encoder] = {}
+
+    def do(self, task: wire.Examine | wire.Prepare) -> wire.Message:
+        try:
+            return self._examine(task) if isinstance(task, wire.Examine) else self._prepare(task)
+        except BadFile as error:
+            return wire.Refused(job=task.job, reason=error.reason())
+        except BadConfig as error:
+            return wire.Failed(job=task.job, kind="base model", why=error.message, hint=error.hint)
+        except OSError as error:
+            kind = "disk" if error.errno in disk.FULL else "crash"
+            return wire.Failed(job=task.job, kind=kind, why=str(error))
+
+    def _examine(self, task: wire.Examine) -> wire.Examined:
+        from longrun.examine import examine
+
+        found = examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes)
+        return wire.Examined(job=task.job, facts={**vars(found), "format": found.format.value})
+
+    def _prepare(self, task: wire.Prepare) -> wire.Prepared:
+        from longrun.training.prepare import prepare
+
+        facts = prepare(task, self._encoder(task), lambda doing: self._channel.send(wire.Alive(doing=doing)))
+        return wire.Prepared(job=task.job, facts=facts)
+
+    def _encoder(self, task: wire.Prepare) -> Encoder:
+        """The encoder of the base model: kept, because all models of a lineage share its tokenizer."""
+        key = (task.base_model, task.max_length)
+        if key not in self._encoders:
+            from longrun.training.base_model import load_tokenizer
+            from longrun.training.masks import Encoder
+
+            tokenizer = load_tokenizer(task.tokenizer, trust_remote_code=task.trust_remote_code)
+            self._encoders = {key: Encoder(tokenizer, max_length=task.max_length)}
+            gc.freeze()
+        return self._encoders[key]
+
+
+def preparer(socket: Path) -> None:
+    """Examine and prepare files, until the daemon is gone. Heavy imports come with the first file to tokenise."""
+    be_a_child()
+    channel = wire.connect(socket)
+    channel.send(wire.Hello(pid=os.getpid(), role="preparer"))
+    work = Preparer(channel)
+    try:
+        while True:
+            for message in channel.receive(None):
+                if isinstance(message, wire.Examine | wire.Prepare):
+                    channel.send(work.do(message))
+    except wire.Closed:
+        return
