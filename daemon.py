@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longrun import __version__
 from longrun.errors import LongrunError
 from longrun.home import Home, find_home
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EXIT_CODES = """\
 exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another process, 78 bad configuration"""
@@ -46,36 +49,26 @@ def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
         return demo.run(args.home)
     from longrun import commands
 
-    match args.command:
-        case "status":
-            return commands.show_status(home, as_json=args.json)
-        case "pause":
-            return commands.pause(home)
-        case "resume":
-            return commands.resume(home)
-        case "stop":
-            return commands.stop(home, now=args.now)
-        case "skip":
-            return commands.skip(home)
-        case "retry":
-            return commands.retry(home, args.name)
-        case "put":
-            return commands.put(home, args.files)
-        case "check":
-            return commands.check(home, args.file, flags)
-        case "logs":
-            return commands.logs(home, follow=args.follow)
-        case _:
-            return commands.doctor(home, flags)
+    operator_commands: dict[str, Callable[[], int]] = {
+        "status": lambda: commands.show_status(home, as_json=args.json),
+        "pause": lambda: commands.pause(home),
+        "resume": lambda: commands.resume(home),
+        "stop": lambda: commands.stop(home, now=args.now),
+        "skip": lambda: commands.skip(home),
+        "retry": lambda: commands.retry(home, args.name),
+        "put": lambda: commands.put(home, args.files),
+        "check": lambda: commands.check(home, args.file, flags),
+        "logs": lambda: commands.logs(home, follow=args.follow),
+        "doctor": lambda: commands.doctor(home, flags),
+    }
+    return operator_commands[args.command]()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """`daemon.py --home X --drain` means `daemon.py run --home X --drain`; --home may stand on either side."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--home", help="folder of inbox, model and history (default: LONGRUN_HOME, or here)")
-    shared.add_argument(
-        "--base-model", metavar="M", help="tiny, a folder, or a hub name; for a model that begins"
-    )
+    shared.add_argument("--base-model", metavar="M", help="tiny, a folder, or a hub name; for a model that begins")
     shared.add_argument("--log-format", choices=("text", "json"), help="of stderr and logs/daemon.log")
     before, rest = shared.parse_known_args(argv)
     if not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help", "--version")):
@@ -116,9 +109,7 @@ def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command("put", "copy files into the inbox, each appearing there whole").add_argument(
         "files", nargs="+", type=Path, metavar="FILE"
     )
-    command("check", "say whether a file is good, and what it would train for").add_argument(
-        "file", type=Path
-    )
+    command("check", "say whether a file is good, and what it would train for").add_argument("file", type=Path)
     command("logs", "show the end of the log").add_argument("-f", "--follow", action="store_true")
     command("demo", "see it work in a scratch folder (or in --home)")
     command("doctor", "look for what could keep training from working")

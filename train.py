@@ -34,9 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="JSONL files, in the order of training"
-    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSONL files, in the order of training")
     parser.add_argument("--home", help="folder of the model and its history (default: LONGRUN_HOME, or here)")
     parser.add_argument("--base-model", help="tiny, a folder, or a hub name; only for a model that begins")
     parser.add_argument("--plan", action="store_true", help="say the plan and stop")

@@ -67,7 +67,7 @@ class Damaged(Exception):
 def steps(model: Path) -> list[int]:
     """Numbers of the checkpoint folders in the model, highest first, whatever is in them."""
     try:
-        names = os.listdir(model)
+        names = [entry.name for entry in model.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
@@ -131,9 +131,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if any("/" in name or name in (".", "..") for name in files):
             raise Damaged(f"{MANIFEST} names files outside the checkpoint")
         if manifest["version"] != MANIFEST_VERSION:
-            raise Damaged(
-                f"{MANIFEST} has version {manifest['version']}, this program reads {MANIFEST_VERSION}"
-            )
+            raise Damaged(f"{MANIFEST} has version {manifest['version']}, this program reads {MANIFEST_VERSION}")
         for facts in files.values():
             _ = int(facts["size"]), str(facts["sha256"])
     except FileNotFoundError:
@@ -150,9 +148,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its lineage or trainer state cannot be read: {error!r}") from None
     if not folder.name == f"checkpoint-{global_step}" == f"checkpoint-{lineage.global_step}":
-        raise Damaged(
-            f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage"
-        )
+        raise Damaged(f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage")
     return Checkpoint(folder, lineage, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
 
 
@@ -256,8 +252,8 @@ class OpenModel:
             return
         held = os.fstat(self._folder)
         try:
-            there = os.stat(self._home.model)
-            os.stat(self._home.model / LINEAGE)
+            there = self._home.model.stat()
+            (self._home.model / LINEAGE).stat()
         except FileNotFoundError:
             raise ModelRemoved(f"{self._home.model.name}/ was removed") from None
         if (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino):
@@ -271,7 +267,7 @@ class OpenModel:
             return
         held = os.fstat(self._folder)
         try:
-            there = os.stat(self._home.model)
+            there = self._home.model.stat()
             lineage = Lineage.from_json((self._home.model / LINEAGE).read_text(encoding="utf-8")).lineage
         except (OSError, ValueError, KeyError, TypeError):
             raise ModelRemoved(f"{self._home.model} was removed") from None

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, config, disk, requests, status
@@ -19,6 +18,7 @@ from longrun.worker import PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from longrun.home import Home
 
@@ -57,9 +57,7 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
     for name in facts.get("being_written", [])[:5]:
         yield f"             inbox/{name} is still being written"
     yield f"trained      {facts['trained']}"
-    yield f"rejected     {facts['rejected']}" + (
-        "  (rejected/*.reason.json say why)" if facts["rejected"] else ""
-    )
+    yield f"rejected     {facts['rejected']}" + ("  (rejected/*.reason.json say why)" if facts["rejected"] else "")
     for problem in facts["problems"]:
         yield f"problem      {problem}"
 
@@ -98,9 +96,7 @@ def skip(home: Home) -> int:
     if not current:
         raise LongrunError("cannot skip: no file is being trained", hint="see `daemon.py status`")
     requests.make(home, requests.SKIP, job=current["job"])
-    say(
-        f"skipping {printable(current['file'])} at the next step boundary; rejected/ will say which rows were trained"
-    )
+    say(f"skipping {printable(current['file'])} at the next step boundary; rejected/ will say which rows were trained")
     return ExitCode.OK
 
 
@@ -144,9 +140,7 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
         raise LongrunError(f"cannot check {file}: there is no such file", hint="check the path")
     settings = config.load(home.settings, flags=flags)
     try:
-        found = examine(
-            file, on_bad_row=settings.inbox.on_bad_row, max_line_bytes=settings.inbox.max_line_bytes
-        )
+        found = examine(file, on_bad_row=settings.inbox.on_bad_row, max_line_bytes=settings.inbox.max_line_bytes)
         plan = make_plan(
             job=0,
             name=file.name,
@@ -172,9 +166,7 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
 def logs(home: Home, *, follow: bool) -> int:
     """The end of the log; with `follow`, what comes too, over rotations."""
     if not home.log.exists():
-        raise LongrunError(
-            f"there is no log yet at {home.log}", hint="start the daemon with `python daemon.py run`"
-        )
+        raise LongrunError(f"there is no log yet at {home.log}", hint="start the daemon with `python daemon.py run`")
     command = ["tail", "-n", str(TAIL_LINES), *(["-F"] if follow else []), str(home.log)]
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, check=False)
@@ -220,9 +212,7 @@ def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
 def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     free = shutil.disk_usage(home.root).free
     if free < config.MEBIBYTE * 256:
-        raise LongrunError(
-            f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model"
-        )
+        raise LongrunError(f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model")
     return f"{free / 1e9:.1f} GB are free"
 
 
@@ -246,9 +236,7 @@ def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            raise LongrunError(
-                f"{name} is not installed", hint="pip install -e . in a virtual environment"
-            ) from None
+            raise LongrunError(f"{name} is not installed", hint="pip install -e . in a virtual environment") from None
     return ", ".join(found)
 
 

@@ -56,9 +56,7 @@ def check_readable(file: Path) -> None:
 
 def check_home(home: Home) -> None:
     if not home.root.is_dir():
-        raise BadConfig(
-            f"cannot use {home.root} as home: there is no such folder", hint=f"mkdir -p {home.root}"
-        )
+        raise BadConfig(f"cannot use {home.root} as home: there is no such folder", hint=f"mkdir -p {home.root}")
 
 
 def check_one_file_system(home: Home) -> None:

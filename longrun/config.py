@@ -35,9 +35,7 @@ def _setting(default: Any, *, least: float | None = None, most: float | None = N
 @dataclass(frozen=True)
 class ModelSettings:
     base_model: str = TINY  # a folder, a hub name, or the built-in tiny model
-    dtype: str = _setting(
-        "auto", one_of="auto float32 bfloat16"
-    )  # auto: fp32 weights, bf16 autocast on a GPU
+    dtype: str = _setting("auto", one_of="auto float32 bfloat16")  # auto: fp32 weights, bf16 autocast on a GPU
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
 
@@ -165,11 +163,7 @@ def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
     settings = Settings(
         **{
             name: section(
-                **{
-                    f.name: values[f"{name}.{f.name}"]
-                    for f in fields(section)
-                    if f"{name}.{f.name}" in values
-                }
+                **{f.name: values[f"{name}.{f.name}"] for f in fields(section) if f"{name}.{f.name}" in values}
             )
             for name, section in SECTIONS.items()
         },
@@ -198,9 +192,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(
-            f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes"
-        ) from None
+        raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
     found = {}
     for section, table in tables.items():
         if section not in SECTIONS:
@@ -208,9 +200,7 @@ def _from_file(path: Path) -> dict[str, Any]:
                 f"{path.name} has an unknown section [{section}]", hint=_did_you_mean(section, list(SECTIONS))
             )
         if not isinstance(table, dict):
-            raise BadConfig(
-                f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own"
-            )
+            raise BadConfig(f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own")
         found.update({f"{section}.{key}": value for key, value in table.items()})
     return found
 
@@ -236,9 +226,7 @@ def _checked(key: str, value: Any, source: str) -> Any:
         converted = _convert(value, default)
     except (TypeError, ValueError):
         kind = "list of words" if isinstance(default, tuple) else type(default).__name__
-        raise BadConfig(
-            f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}"
-        ) from None
+        raise BadConfig(f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}") from None
     _check_limits(key, converted, known[name].metadata, source)
     return converted
 
@@ -279,9 +267,7 @@ def _to_int(value: Any) -> int:
 
 def _check_limits(key: str, value: Any, limits: Mapping[str, Any], source: str) -> None:
     if limits.get("one_of") and value not in limits["one_of"]:
-        raise BadConfig(
-            f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}"
-        )
+        raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}")
     least, most = limits.get("least"), limits.get("most")
     if isinstance(value, float) and value != value:
         raise BadConfig(f"{key} = {value!r} ({source}) is not a number")
@@ -298,8 +284,7 @@ def _check_together(settings: Settings) -> None:
     at_once = train.per_device_train_batch_size
     if at_once and train.batch_size % at_once:
         raise BadConfig(
-            f"train.batch_size = {train.batch_size} is not a multiple of"
-            f" train.per_device_train_batch_size = {at_once}",
+            f"train.batch_size = {train.batch_size} is not a multiple of train.per_device_train_batch_size = {at_once}",
             hint="every step must train exactly batch_size rows; choose a divisor",
         )
 

@@ -16,13 +16,13 @@ import shutil
 import sys
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun.errors import Locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
 FICLONE = 0x40049409  # ioctl_ficlone(2): share blocks, copy on write

@@ -88,9 +88,7 @@ class Inbox:
         if entry.is_dir(follow_symlinks=False):
             return self._leave(entry.name, "it is a folder", f"cp {entry.name}/*.jsonl inbox/")
         if not ACCEPTED.search(entry.name):
-            return self._leave(
-                entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it"
-            )
+            return self._leave(entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it")
         if not entry.is_file(follow_symlinks=False):
             return self._leave(entry.name, "it is not a regular file", "copy the content into one")
         return True
@@ -171,9 +169,7 @@ class Inbox:
     def _copy_across(self, source: Path, target: Path, number: int) -> None:
         signature = _signature(source.lstat())
         disk.copy_file(source, target)
-        disk.write_file(
-            self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode()
-        )
+        disk.write_file(self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode())
         disk.sync_tree(self._home.job(number))
         disk.sync_folder(self._home.jobs)
         source.unlink()

@@ -46,9 +46,7 @@ class Journal:
         record = {"time": utc_now(), "level": level, "event": event, "message": text, **facts}
         if self._bar is not None:
             self._bar.clear()
-        self._logger.log(
-            logging.getLevelNamesMapping()[level.upper()], printable(text), extra={"facts": record}
-        )
+        self._logger.log(logging.getLevelNamesMapping()[level.upper()], printable(text), extra={"facts": record})
         try:
             disk.append_line(self._home.events, json.dumps(record, ensure_ascii=True))
         except OSError as error:  # a full disk pauses training; it must not silence the log as well
@@ -79,9 +77,7 @@ def _handlers(home: Home, settings: LogSettings) -> list[logging.Handler]:
         encoding="utf-8",
         errors="backslashreplace",
     )
-    formatter = (
-        _Json() if settings.format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    )
+    formatter = _Json() if settings.format == "json" else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), rotated]
     for handler in handlers:
         handler.setFormatter(formatter)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _COLUMNS = "number, name, state, arrived_at, sha256, rows, format, attempts, reason"
+_MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?"
 
 
 class Ledger:
@@ -58,23 +59,17 @@ class Ledger:
 
     def count(self, *states: JobState) -> int:
         marks = ", ".join("?" * len(states))
-        (count,) = self._row(f"select count(*) from job where state in ({marks})", *states)  # noqa: S608
-        return int(count)
+        return self._number(f"select count(*) from job where state in ({marks})", *states)  # noqa: S608
 
     def same_content(self, job: Job) -> Job | None:
         """The latest earlier job with the same bytes."""
         return next(
-            iter(
-                self._jobs(
-                    "where sha256 = ? and number < ? order by number desc limit 1", job.sha256, job.number
-                )
-            ),
+            iter(self._jobs("where sha256 = ? and number < ? order by number desc limit 1", job.sha256, job.number)),
             None,
         )
 
     def highest_number(self) -> int:
-        (number,) = self._row("select coalesce(max(number), 0) from job")
-        return int(number)
+        return self._number("select coalesce(max(number), 0) from job")
 
     def fact(self, name: str) -> str | None:
         row = self._db.execute("select value from fact where name = ?", (name,)).fetchone()
@@ -85,27 +80,20 @@ class Ledger:
     def claim(self, jobs: Iterable[Job]) -> None:
         with self._transaction():
             self._db.executemany(
-                f"insert or ignore into job ({_COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                f"insert or ignore into job ({_COLUMNS}) values ({_MARKS})",  # noqa: S608
                 [_to_row(job) for job in jobs],
             )
 
     def move(self, job: Job, target: JobState, **facts: object) -> Job:
         """Take the job to `target`, storing what was learnt about it; returns it as it is now."""
         check_move(job, target)
-        moved = replace(job, state=target, **facts)  # type: ignore[arg-type]
-        with self._transaction():
-            self._db.execute(
-                f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(moved)
-            )  # noqa: S608
-        return moved
+        return self.note(job, state=target, **facts)
 
     def note(self, job: Job, **facts: object) -> Job:
-        """Store facts about the job without moving it."""
+        """Store facts about the job; returns it as it is now."""
         noted = replace(job, **facts)  # type: ignore[arg-type]
         with self._transaction():
-            self._db.execute(
-                f"insert or replace into job ({_COLUMNS}) values (?,?,?,?,?,?,?,?,?)", _to_row(noted)
-            )  # noqa: S608
+            self._db.execute(f"insert or replace into job ({_COLUMNS}) values ({_MARKS})", _to_row(noted))  # noqa: S608
         return noted
 
     def set_fact(self, name: str, value: str) -> None:
@@ -121,9 +109,8 @@ class Ledger:
         with closing(self._db.execute(f"select {_COLUMNS} from job {where}", values)) as cursor:  # noqa: S608
             return [_from_row(row) for row in cursor]
 
-    def _row(self, query: str, *values: object) -> tuple[object, ...]:
-        row: tuple[object, ...] = self._db.execute(query, values).fetchone()
-        return row
+    def _number(self, query: str, *values: object) -> int:
+        return int(self._db.execute(query, values).fetchone()[0])
 
 
 class _Transaction:

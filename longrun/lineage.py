@@ -60,9 +60,7 @@ class Lineage:
 
     def has_trained(self, job: int, sha256: str) -> bool:
         """Whether this job's file was trained to its end; the hash keeps another home's numbers apart."""
-        return any(
-            (record.job, record.sha256, record.outcome) == (job, sha256, "trained") for record in self.files
-        )
+        return any((record.job, record.sha256, record.outcome) == (job, sha256, "trained") for record in self.files)
 
     def plan_in_progress(self, job: int, sha256: str) -> InProgress | None:
         here = self.in_progress
@@ -85,9 +83,7 @@ class Lineage:
         """This lineage with the job in the middle of training."""
         return replace(self, global_step=progress.global_step, in_progress=progress)
 
-    def ended(
-        self, progress: InProgress, *, outcome: str, finished_at: str, eval_loss: float | None
-    ) -> Lineage:
+    def ended(self, progress: InProgress, *, outcome: str, finished_at: str, eval_loss: float | None) -> Lineage:
         """This lineage with the job of `progress` among the files that are over."""
         plan = progress.plan
         record = FileRecord(

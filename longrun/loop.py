@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, requests, status
 from longrun.errors import BadModel, ModelRemoved
-from longrun.job import FINAL, WAITING, Job, JobState
+from longrun.job import FINAL, WAITING, JobState
 from longrun.notify import Notifier
 from longrun.preparation import Preparation
 from longrun.runs import Runs
@@ -73,9 +73,7 @@ class Daemon:
 
     def _start(self) -> None:
         context = self._context
-        context.say(
-            "start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root)
-        )
+        context.say("start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root))
         requests.clear(context.home, requests.STOP)
         requests.clear(context.home, requests.SKIP)
         self._recover()
@@ -167,9 +165,7 @@ class Daemon:
         paused = requests.pending(home, requests.PAUSE) is not None
         if paused != self._paused:
             self._paused = paused
-            self._context.say(
-                "paused" if paused else "resumed", "paused by the operator" if paused else "resumed"
-            )
+            self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
         if self._leaving:
             self._runs.stop("stop", now)
         elif paused:

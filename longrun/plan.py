@@ -54,9 +54,7 @@ class Plan:
 
     @property
     def sentence(self) -> str:
-        return (
-            f"This file will train for {self.planned_steps} steps (reaching global step {self.target_step})"
-        )
+        return f"This file will train for {self.planned_steps} steps (reaching global step {self.target_step})"
 
     def done_steps(self, global_step: int) -> int:
         return global_step - self.base_step
@@ -74,9 +72,7 @@ def held_out(rows: int) -> int:
     return min(HELD_OUT_MAX, rows * HELD_OUT_PER_MILLE // 1000)
 
 
-def make_plan(
-    *, job: int, name: str, sha256: str, trainable_rows: int, base_step: int, recipe: Recipe
-) -> Plan:
+def make_plan(*, job: int, name: str, sha256: str, trainable_rows: int, base_step: int, recipe: Recipe) -> Plan:
     """The plan of a job that starts at `base_step`; BadFile when it would train nothing."""
     kept = held_out(trainable_rows)
     plan = Plan(

@@ -173,7 +173,8 @@ class Preparation:
             told.append(f"{facts['truncated_rows']} rows cut at max_length = {facts['max_length']} tokens")
         if facts["untrainable_rows"]:
             told.append(
-                f"{facts['untrainable_rows']} rows left out: no token to learn from (e.g. row {facts['untrainable_first']})"
+                f"{facts['untrainable_rows']} rows left out (row {facts['untrainable_first']} is the first):"
+                " no token to learn from"
             )
         level = "warning" if facts["truncated_rows"] or facts["untrainable_rows"] else "info"
         self._context.say("prepared", f"{job.name}: {'; '.join(told)}", level=level, job=job.number, **facts)
@@ -182,11 +183,7 @@ class Preparation:
         """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
         if failure.kind in ("disk", "base model"):
             self.preparer.kill()
-            raise (
-                OSError(28, failure.why)
-                if failure.kind == "disk"
-                else BadModel(failure.why, hint=failure.hint)
-            )
+            raise (OSError(28, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint))
         self._count_attempt(job, failure.why)
 
     def _died(self, how: str) -> None:
@@ -211,9 +208,7 @@ class Preparation:
             self._context.reject(job, {"kind": "crash", "why": f"{why}, {attempts} times"})
             return
         self._context.ledger.note(job, attempts=attempts)
-        self._context.say(
-            "retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning"
-        )
+        self._context.say("retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning")
 
     def _release_when_idle(self, now: float) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes

@@ -176,7 +176,7 @@ class Runs:
         train = self._context.settings.train
         wanted = train.per_device_train_batch_size or train.batch_size
         learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
-        return min(wanted, learnt.get(self._situation(), wanted))
+        return min(wanted, int(learnt.get(self._situation(), wanted)))
 
     def _situation(self) -> str:
         train = self._context.settings.train
@@ -258,10 +258,7 @@ class Runs:
 
     def overdue(self, now: float) -> bool:
         """Whether the worker has work and makes no progress: the system's watchdog is not reassured then."""
-        return (
-            self.current is not None
-            and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
-        )
+        return self.current is not None and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
 
     def _apply(self, message: wire.Message, now: float) -> None:
         run = self.current
@@ -356,13 +353,9 @@ class Runs:
 
     def finish(self, job: Job, newest: Checkpoint) -> None:
         """The model's lineage has the job: tell how it went and put the file away."""
-        record = next(
-            r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256)
-        )
+        record = next(r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256))
         told = (
-            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"]
-            if record.mean_loss
-            else []
+            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
         )
         if record.eval_loss is not None:
             told.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")

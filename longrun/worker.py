@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from longrun import wire
 
@@ -65,7 +65,7 @@ class Child:
             )
         self.options, self.ready, self.used, self.heard_at = options, False, False, now
 
-    def _open_log(self) -> contextlib.closing[object] | object:
+    def _open_log(self) -> IO[bytes]:
         """What the libraries print goes to logs/worker.log; the daemon's log stays one line an event."""
         path = self._home.logs / f"{self.role}.log"
         too_long = path.exists() and path.stat().st_size > LOG_LIMIT_BYTES
@@ -73,11 +73,7 @@ class Child:
 
     def filenos(self) -> list[int]:
         """What to wait on for news."""
-        return [
-            end.fileno()
-            for end in (self._channel, None if self._channel else self._listener)
-            if end is not None
-        ]
+        return [end.fileno() for end in (self._channel, None if self._channel else self._listener) if end is not None]
 
     def send(self, message: wire.Message, now: float) -> None:
         """Give it work; if it is gone, receive() will say so."""

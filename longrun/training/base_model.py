@@ -50,9 +50,10 @@ def load_tokenizer(source: str, *, trust_remote_code: bool) -> PreTrainedTokeniz
         return make_tokenizer()
     from transformers import AutoTokenizer
 
+    name, commit = _name_and_commit(source)
     with _told_as_bad_config(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            *_name_and_commit(source)[:1], **_name_and_commit(source)[1], trust_remote_code=trust_remote_code
+            name, trust_remote_code=trust_remote_code, **commit
         )
         return tokenizer
 
@@ -128,7 +129,7 @@ def check(source: str) -> None:
 
     name, commit = _name_and_commit(source)
     try:
-        hf_hub_download(name, "config.json", **commit)
-    except Exception as error:  # noqa: BLE001  (each hub version has its own tree of network errors)
+        hf_hub_download(name, "config.json", revision=commit.get("revision"))
+    except Exception as error:
         first = str(error).strip().splitlines()
         raise unusable(source, first[0] if first else type(error).__name__) from error

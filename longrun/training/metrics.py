@@ -78,7 +78,7 @@ class Metrics:
 
         folder = self._home.logs / "tensorboard"
         self._put_aside_another(folder, lineage)
-        self._writer = SummaryWriter(str(folder), purge_step=global_step + 1, flush_secs=10)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=global_step + 1, flush_secs=10)
         self._lineage = lineage
 
     def _put_aside_another(self, folder: Any, lineage: str) -> None:
@@ -91,14 +91,10 @@ class Metrics:
         mark.write_text(lineage, encoding="utf-8")
 
     def write(self, global_step: int, **values: float) -> None:
-        disk.append_line(
-            self._home.logs / "metrics.jsonl", json.dumps({"global_step": global_step, **values})
-        )
+        disk.append_line(self._home.logs / "metrics.jsonl", json.dumps({"global_step": global_step, **values}))
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(
-                    f"{'eval' if name == 'eval_loss' else 'train'}/{name}", value, global_step
-                )
+                self._writer.add_scalar(f"{'eval' if name == 'eval_loss' else 'train'}/{name}", value, global_step)
 
     def write_rows(self, global_step: int, *, lineage: str, job: int, rows: list[int]) -> None:
         """The rows of a step, numbered from 1, as they reached the model."""

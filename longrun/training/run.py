@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainingArguments
 from longrun import checkpoint, disk, wire
 from longrun.errors import LongrunError
 from longrun.journal import utc_now
-from longrun.lineage import InProgress, Lineage
+from longrun.lineage import Lineage
 from longrun.plan import Plan, Recipe
 from longrun.training import base_model
 from longrun.training.data import Collator, PlannedRows
@@ -87,7 +87,7 @@ class Runner:
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics)
             trainer.conductor, trainer.resumes = session, digest
-            trainer.train_dataset = session.rows  # type: ignore[assignment]
+            trainer.train_dataset = session.rows
             trainer.args.max_steps = session.plan.target_step
             trainer.args.max_grad_norm = session.recipe.max_grad_norm
             seconds = time.monotonic() - started
@@ -186,9 +186,7 @@ class Session:
         self.rows = PlannedRows(prepared, self._order[done:])
         self._held_out = PlannedRows(prepared, held_out_rows(self.plan))
         on_cpu = trainer.args.device.type == "cpu"
-        self._losses = Losses(
-            self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY
-        )
+        self._losses = Losses(self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY)
         self._stop = ""
         self._eval_loss: float | None = None
         self._logged_at = self.progress.global_step
@@ -234,15 +232,7 @@ class Session:
         if steps:
             mean = (self._losses.sum - self._logged_sum) / steps
             self._logged_at, self._logged_sum = step, self._losses.sum
-            rate = self._trainer.optimizer.param_groups[0]["lr"]
-            self._metrics.write(
-                step, loss=mean, learning_rate=self._rate_of(step - 1), next_learning_rate=rate
-            )
-
-    def _rate_of(self, global_step: int) -> float:
-        """The learning rate that the step after `global_step` steps ran at."""
-        warmup = max(1, self.recipe.warmup_steps)
-        return self.recipe.learning_rate * min(1.0, (global_step + 1) / warmup)
+            self._metrics.write(step, loss=mean, learning_rate=self._trainer.rate_used)
 
     def _tell(self, step: int, *, always: bool) -> None:
         now = time.monotonic()
@@ -253,7 +243,7 @@ class Session:
                     job=self.plan.job,
                     global_step=step,
                     loss=self._losses.last,
-                    learning_rate=self._rate_of(step - 1),
+                    learning_rate=self._trainer.rate_used,
                     steps_per_s=(step - self._began_step) / (now - self._began),
                 )
             )
@@ -335,13 +325,11 @@ class Session:
         )
         if step < self.plan.target_step:
             return self._before.at(self.progress)
-        return self._before.ended(
-            self.progress, outcome="trained", finished_at=utc_now(), eval_loss=self._eval_loss
-        )
+        return self._before.ended(self.progress, outcome="trained", finished_at=utc_now(), eval_loss=self._eval_loss)
 
     def _check_weights(self) -> None:
         """A checkpoint never holds a weight that is not a number, whatever the losses were."""
-        if not all(bool(torch.isfinite(weight).all()) for weight in self._trainer.model.parameters()):
+        if not all(bool(torch.isfinite(weight).all()) for weight in self._trainer.weights()):
             done = self.plan.done_steps(self._trainer.state.global_step) - 1
             rows = self._order[done * self.recipe.batch_size :][: self.recipe.batch_size]
             raise Diverged("a weight became nan or inf", self._trainer.state.global_step, rows.tolist())
@@ -356,13 +344,10 @@ class Session:
 
     def _need_bytes(self) -> int:
         """Weights, and for each trained one the two moments of Adam; the published copy shares its blocks."""
-        weights = list(self._trainer.model.parameters())
-        stored = sum(weight.numel() * weight.element_size() for weight in weights)
-        return (
-            stored
-            + 2 * sum(w.numel() * w.element_size() for w in weights if w.requires_grad)
-            + ROOM_MARGIN_BYTES
-        )
+        weights = self._trainer.weights()
+        copies = [3 if weight.requires_grad else 1 for weight in weights]
+        sizes = [weight.numel() * weight.element_size() for weight in weights]
+        return sum(size * count for size, count in zip(sizes, copies, strict=True)) + ROOM_MARGIN_BYTES
 
     def _was_for_want_of_room(self, error: Exception) -> bool:
         """torch and safetensors hide the error number; what tells is that there is no room now."""

@@ -16,7 +16,7 @@ from longrun.errors import BadConfig, BadFile, LongrunError, ModelRemoved
 if TYPE_CHECKING:
     from longrun.home import Home
     from longrun.training.masks import Encoder
-    from longrun.training.run import Options, Runner
+    from longrun.training.run import Runner
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LOCK_WAIT_S = 60.0
@@ -89,9 +89,7 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
     if _is_out_of_memory(error):
         return wire.Failed(job=job, kind="out of memory", why=f"out of memory: {said.splitlines()[0]}")
     hint = error.hint if isinstance(error, LongrunError) else ""
-    return wire.Failed(
-        job=job, kind="crash", why=f"{type(error).__name__}: {said.splitlines()[0]}", hint=hint
-    )
+    return wire.Failed(job=job, kind="crash", why=f"{type(error).__name__}: {said.splitlines()[0]}", hint=hint)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

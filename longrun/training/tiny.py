@@ -18,7 +18,8 @@ CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}
 {%- generation %}{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}{{ '<tool_call>' }}{{ call.function | tojson }}{{ '</tool_call>' }}{% endfor %}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' }}{{ call.function | tojson }}{{ '</tool_call>' }}{% endfor %}
 {{- '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
 {%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}
@@ -28,14 +29,12 @@ CHAT_TEMPLATE = """\
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and three that mark turns and padding."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     marks = [AddedToken(mark, special=True) for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     tokenizer.add_special_tokens(marks)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -46,7 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> PreTrainedModel:
-    """About 90,000 random weights, the same each time; with dropout, so that resuming is put to the test."""
+    """About 90,000 random weights, the same each time."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -56,7 +55,6 @@ def make_model() -> PreTrainedModel:
         num_attention_heads=4,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        attention_dropout=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

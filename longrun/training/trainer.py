@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Conductor(Protocol):
     """What a run decides while the Trainer trains."""
 
-    recipe: Recipe
+    @property
+    def recipe(self) -> Recipe: ...
 
     def trained(self, loss: torch.Tensor, rows: list[int]) -> None: ...
 
@@ -51,6 +52,7 @@ class PlannedTrainer(Trainer):
     """One for the life of the worker: each run gives it a new slice of rows and a higher max_steps."""
 
     conductor: Conductor
+    rate_used: float = 0.0  # the learning rate of the last step, as the optimizer had it
     resumes: str = ""  # digest of the checkpoint that the next train() goes on from
 
     def __init__(self, **options: Any) -> None:
@@ -58,11 +60,13 @@ class PlannedTrainer(Trainer):
         super().__init__(**options)
         self.add_callback(_Beat(self))
 
+    def weights(self) -> list[torch.nn.Parameter]:
+        assert self.model is not None
+        return list(self.model.parameters())
+
     # -- rows
 
-    def training_step(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; the rows are noted here because here is what the model really receives."""
         rows = inputs.pop("rows")
         self.in_memory = InMemory()  # from here on it is no checkpoint any more
@@ -72,10 +76,12 @@ class PlannedTrainer(Trainer):
 
     # -- learning rate: a function of the global step and the recipe, of nothing else
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:  # noqa: ARG002
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         warmup = max(1, self.conductor.recipe.warmup_steps)
         # Step s runs at (s+1)/w: with the stock (s)/w the first step of a life would train nothing.
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        target = optimizer or self.optimizer
+        assert target is not None
+        self.lr_scheduler = LambdaLR(target, lambda step: min(1.0, (step + 1) / warmup))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -84,6 +90,7 @@ class PlannedTrainer(Trainer):
         recipe = self.conductor.recipe
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         assert isinstance(scheduler, LambdaLR)
+        assert self.optimizer is not None
         rate = recipe.learning_rate * scheduler.lr_lambdas[0](global_step)
         for group in self.optimizer.param_groups:
             group["initial_lr"], group["lr"] = recipe.learning_rate, rate
@@ -96,6 +103,7 @@ class PlannedTrainer(Trainer):
 
     def _decays(self, group: dict[str, Any]) -> bool:
         """Whether weight decay is for this group: the Trainer keeps biases and norms in one of their own."""
+        assert self.model is not None
         names = self.get_decay_parameter_names(self.model)
         decaying = {id(weight) for name, weight in self.model.named_parameters() if name in names}
         return bool(group["params"]) and id(group["params"][0]) in decaying
@@ -124,26 +132,26 @@ class _Beat(TrainerCallback):
     def __init__(self, trainer: PlannedTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.apply_recipe(state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:  # noqa: ARG002
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         reseed(self._trainer.conductor.recipe.seed, state.global_step)
 
-    def on_step_end(
+    def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:  # noqa: ARG002
+    ) -> None:
+        assert self._trainer.optimizer is not None
+        self._trainer.rate_used = self._trainer.optimizer.param_groups[0]["lr"]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.conductor.step_ended(state, control)
 
     def on_log(
         self,
-        args: TrainingArguments,  # noqa: ARG002
+        args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: TrainerControl,
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
@@ -156,5 +164,5 @@ def reseed(seed: int, global_step: int) -> None:
     """Make all randomness of a step a function of (seed, global_step), so that resuming repeats it exactly."""
     number = int.from_bytes(hashlib.sha256(f"{seed}:{global_step}".encode()).digest()[:4], "big")
     random.seed(number)
-    np.random.seed(number)  # noqa: NPY002  (libraries use the global one)
+    np.random.seed(number)
     torch.manual_seed(number)

@@ -123,9 +123,7 @@ def _bytes_tokenizer(family: Family, merges: tuple[tuple[str, str], ...]) -> Tok
     tokenizer.add_special_tokens(["<pad>", family.eos, *family.special, *filter(None, [family.bos])])
     if family.bos:
         start = (family.bos, tokenizer.token_to_id(family.bos))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{family.bos} $A", special_tokens=[start]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[start])
     return tokenizer
 
 

@@ -90,9 +90,7 @@ def trained_parts(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> list[
 def trained(family: str, row: Row, **options: Any) -> list[str]:
     tokenizer = tiny_tokenizer(family, **options)
     encoded = encode(tokenizer, row)
-    assert all(
-        label in (token, IGNORED) for token, label in zip(encoded.input_ids, encoded.labels, strict=True)
-    )
+    assert all(label in (token, IGNORED) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     return trained_parts(tokenizer, encoded)
 
 
@@ -189,9 +187,7 @@ def test_the_turn_after_a_tool_call_can_be_trained_alone() -> None:
 
 def test_reasoning_beside_the_content_is_trained() -> None:
     thought = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2 → 4"}
-    assert trained("qwen3", ChatRow(messages=[USER, thought])) == [
-        "<think>\n2 + 2 → 4\n</think>\n\n4<|im_end|>\n"
-    ]
+    assert trained("qwen3", ChatRow(messages=[USER, thought])) == ["<think>\n2 + 2 → 4\n</think>\n\n4<|im_end|>\n"]
 
 
 def test_reasoning_within_the_content_is_trained_in_every_turn() -> None:
@@ -394,9 +390,7 @@ def test_newlines_that_are_one_token_stay_whole(completion: str) -> None:
 @pytest.mark.parametrize("family", ["base", "smollm2"])
 def test_text_is_trained_whole_between_its_start_and_end(family: str) -> None:
     start = FAMILIES[family].bos or ""
-    assert trained(family, TextRow(text="Zürich → 東京 🗼")) == [
-        start + "Zürich → 東京 🗼" + FAMILIES[family].eos
-    ]
+    assert trained(family, TextRow(text="Zürich → 東京 🗼")) == [start + "Zürich → 東京 🗼" + FAMILIES[family].eos]
 
 
 def test_start_and_end_tokens_in_the_text_itself_are_not_doubled() -> None:

@@ -105,9 +105,7 @@ READ: dict[str, tuple[dict[str, Any], RowFormat, Row]] = {
 
 
 @pytest.mark.parametrize(("found", "row_format", "row"), READ.values(), ids=READ.keys())
-def test_each_format_is_detected_and_read(
-    path: Path, found: dict[str, Any], row_format: RowFormat, row: Row
-) -> None:
+def test_each_format_is_detected_and_read(path: Path, found: dict[str, Any], row_format: RowFormat, row: Row) -> None:
     write(path, found, found)
     assert examine(path).format is row_format
     assert rows_of(path) == [row, row]
@@ -170,9 +168,7 @@ BAD: dict[str, tuple[Any, str, str | None]] = {
 
 
 @pytest.mark.parametrize(("found", "kind", "field"), BAD.values(), ids=BAD.keys())
-def test_a_bad_row_is_refused_with_its_field_and_a_fix(
-    path: Path, found: Any, kind: str, field: str | None
-) -> None:
+def test_a_bad_row_is_refused_with_its_field_and_a_fix(path: Path, found: Any, kind: str, field: str | None) -> None:
     problem = refusal(path, found)
     assert (problem.kind, problem.field, problem.line, problem.byte) == (kind, field, 1, 0)
     assert problem.hint
@@ -225,9 +221,7 @@ def test_endless_new_columns_are_noted_up_to_a_limit(path: Path) -> None:
         ("zstd", lambda data: zstandard.ZstdCompressor().compress(data)),
     ],
 )
-def test_the_hash_is_of_the_bytes_on_disk_and_the_size_is_of_the_text(
-    path: Path, compression: str, pack: Any
-) -> None:
+def test_the_hash_is_of_the_bytes_on_disk_and_the_size_is_of_the_text(path: Path, compression: str, pack: Any) -> None:
     text = b'{"text": "a"}\n{"text": "b"}\n'
     path.write_bytes(pack(text))
     examined = examine(path)
@@ -255,9 +249,7 @@ def test_a_file_whose_rows_are_all_bad_is_refused_even_when_skipping(path: Path)
     assert (caught.value.line, caught.value.field) == (1, "text")
 
 
-@pytest.mark.parametrize(
-    "content", ['{"text": "a"}'.encode("utf-16"), b"\x1f\x8bnot gzip", b'[\n{"text": "a"}\n]']
-)
+@pytest.mark.parametrize("content", ['{"text": "a"}'.encode("utf-16"), b"\x1f\x8bnot gzip", b'[\n{"text": "a"}\n]'])
 def test_trouble_with_the_whole_file_is_never_skipped(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(BadFile):

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 ROW = b'{"text": "a"}'
 MIB = 1024 * 1024
-NOISE = (
-    b'{"text": "' + b"".join(hashlib.sha256(bytes([n])).hexdigest().encode() for n in range(250)) + b'"}\n'
-)
+NOISE = b'{"text": "' + b"".join(hashlib.sha256(bytes([n])).hexdigest().encode() for n in range(250)) + b'"}\n'
 
 
 def read(path: Path, **options: Any) -> list[tuple[int, int, Any]]:
@@ -224,9 +222,7 @@ SCALARS = (
     | st.text()
 )
 KEYS = st.text("ab\u2028\n", max_size=3)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=6
-)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=6)
 OBJECTS = st.dictionaries(KEYS, VALUES, max_size=3)
 
 
@@ -236,9 +232,7 @@ def test_any_objects_survive_being_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], ascii_only: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), encoding="utf-8")
     assert [found for _, _, found in read(path)] == rows
 
 
