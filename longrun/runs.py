@@ -107,6 +107,7 @@ class Runs:
             saved_step=step,
             global_step=step,
         )
+        self._keep_going(self.current, now)
 
     def _new_plan(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any]) -> Plan:
         return make_plan(

@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up everything they need in .venv on a machine that has Python 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo run test check fix clean
+
+demo: .venv/run.stamp  ## see it work: two files, every row counted, an answer
+	@$(BIN)/python daemon.py demo
+
+run: .venv/run.stamp  ## watch inbox/ of this folder
+	@$(BIN)/python daemon.py run
+
+test: check  ## lint, types, floors, and all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+
+check: .venv/dev.stamp  ## everything that needs no running model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
+
+fix: .venv/dev.stamp  ## let the tools mend what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.
+.venv/run.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Longrun needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorboard]'
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:  ## forget the virtual environment and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .coverage* *.egg-info

@@ -1,0 +1,25 @@
+"""Ask the model one question, as any program would that loads current_model/ with from_pretrained."""
+
+from __future__ import annotations
+
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEW_TOKENS = 80
+
+
+def ask(folder: str, question: str) -> str:
+    """The model's answer, decoded greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    answer: str = tokenizer.decode(output[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
+
+
+if __name__ == "__main__":
+    print(ask(sys.argv[1], sys.argv[2]))  # noqa: T201

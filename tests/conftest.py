@@ -1,0 +1,49 @@
+"""Shared by all tests: homes to experiment in, and a base model with dropout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
+    labs: list[Lab] = []
+
+    def make(name: str = "home", **settings: object) -> Lab:
+        labs.append(Lab(tmp_path / name, **settings))  # type: ignore[arg-type]
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.close()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    return make_lab()
+
+
+@pytest.fixture(scope="session")
+def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with dropout on, as a base model folder: resuming must repeat its randomness exactly."""
+    from longrun.training.tiny import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "tiny-dropout"
+    model = make_model()
+    model.config.attention_dropout = 0.1
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
