@@ -140,7 +140,8 @@ def _arguments(home: Home, options: Options, device: base_model.Device) -> Train
         gradient_accumulation_steps=options.batch_size // options.per_device,
         max_steps=1,  # set for each run
         optim=options.optim,
-        gradient_checkpointing=options.gradient_checkpointing,
+        # Only when asked for: newer versions of transformers call it by another name, and warn.
+        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
         bf16=device.bf16 and options.dtype != "bfloat16",
         use_cpu=device.name == "cpu",
         train_sampling_strategy="sequential",

@@ -2,11 +2,18 @@
 
     LONGRUN_PROBE=FOLDER   append what each training step really received to FOLDER/batches.jsonl
     LONGRUN_FAULTS=JSON    a list of {"at": "module:function", "role": "daemon|worker|preparer", "nth": 1,
-                           "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC", "row": "text", "rows_over": 0}
+                           "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC", "row": "text", "rows_over": 0,
+                           "about": "text", "once": "name"}
+    LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
 `transformers.trainer:Trainer.training_step` may ask for a batch that contains a row (`row`) or is larger than
-`rows_over`. Each fault strikes once a process, at its nth call, or every time with "nth": 0.
+`rows_over`; any fault may ask for arguments that mention a text (`about`). Each fault strikes once a process, at
+its nth call, or every time with "nth": 0; with "once" it strikes once in all, and leaves a mark of that name.
+
+    kill         this process           kill daemon   its parent           kill both   its parent, then itself
+    hang         for an hour            slow          for a tenth of a second
+    remove model `rm -rf current_model/`
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -60,8 +68,10 @@ def broken(function, fault):
             return function(*arguments, **options)
         if "rows_over" in fault and len(arguments[2]["input_ids"]) <= fault["rows_over"]:
             return function(*arguments, **options)
+        if "about" in fault and fault["about"] not in repr(arguments):
+            return function(*arguments, **options)
         calls += 1
-        strikes = fault.get("nth", 1) in (0, calls)
+        strikes = fault.get("nth", 1) in (0, calls) and is_first(fault.get("once"))
         if strikes and fault.get("when", "before") == "before":
             strike(fault["do"])
         result = function(*arguments, **options)
@@ -74,9 +84,28 @@ def broken(function, fault):
     return faulty
 
 
+def is_first(name: str | None) -> bool:
+    """Whether nobody struck under this name before, in any process; a fault without a name may always strike."""
+    if name is None:
+        return True
+    try:
+        (Path(os.environ["LONGRUN_PROBE"]) / f"struck-{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def strike(how: str) -> None:
-    if how == "kill":
+    if how in ("kill daemon", "kill both"):
+        os.kill(os.getppid(), signal.SIGKILL)
+    if how in ("kill", "kill both"):
         os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "kill daemon":
+        return
+    elif how == "slow":
+        time.sleep(0.1)
+    elif how == "remove model":
+        shutil.rmtree(Path(os.environ["LONGRUN_PROBE"]).parent / "current_model", ignore_errors=True)
     elif how == "hang":
         time.sleep(3600)
     elif how == "oom":
@@ -85,6 +114,17 @@ def strike(how: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
     elif how != "nan":
         raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
+
+
+def told(function):
+    @functools.wraps(function)
+    def free_bytes(folder):
+        try:
+            return int(Path(os.environ["LONGRUN_FREE_BYTES"]).read_text())
+        except FileNotFoundError:
+            return function(folder)
+
+    return free_bytes
 
 
 def wrap(module, target: str, wrapper) -> None:
@@ -126,6 +166,8 @@ def main() -> None:
         module, _, function = TRAINING_STEP.partition(":")
         # Innermost, so that a batch is recorded only if a fault let it through.
         wrappers.setdefault(module, []).insert(0, (function, record))
+    if "LONGRUN_FREE_BYTES" in os.environ:
+        wrappers.setdefault("longrun.disk", []).append(("free_bytes", told))
     if wrappers:
         sys.meta_path.insert(0, Finder(wrappers))
 

@@ -1,0 +1,255 @@
+"""Runs of plans: the rows each step receives, what survives a cut, and the learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longrun import disk, wire
+from longrun.training.metrics import Diverged
+from longrun.training.order import held_out_rows, training_order
+from tests.training.workshop import RECIPE, Workshop
+
+FILES = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
+
+
+@pytest.fixture
+def make_workshop(tmp_path, dropout_model):
+    made = []
+
+    def make(name="home", **options):
+        made.append(Workshop(tmp_path / name, base_model=str(dropout_model), **options))
+        return made[-1]
+
+    yield make
+    for workshop in made:
+        workshop.close()
+
+
+@pytest.fixture
+def workshop(make_workshop):
+    return make_workshop()
+
+
+def train_all(workshop, cuts=()):
+    """Every file in order; before each global step in `cuts` the process ends once and another goes on."""
+    cuts = sorted(cuts)
+    for name, rows in FILES.items():
+        job, facts = workshop.prepare(name, rows)
+        while workshop.train(job, facts, cut_before=cuts[0] if cuts else None) is None:
+            cuts.pop(0)
+    return workshop
+
+
+def check_rows(workshop):
+    for record, rows in zip(workshop.newest.lineage.files, FILES.values(), strict=True):
+        epochs = workshop.recipe.epochs
+        assert record.planned_steps == record.done_steps == math.ceil(epochs * rows / workshop.recipe.batch_size)
+        assert workshop.times_trained(record.base_step, record.target_step, rows) == {epochs: rows}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("per_device", [12, 4], ids=["accumulation 1", "accumulation 3"])
+def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop, epochs, per_device):
+    options = {"recipe": replace(RECIPE, epochs=epochs), "per_device": per_device}
+    unbroken = train_all(make_workshop("unbroken", **options))
+    check_rows(unbroken)
+    broken = train_all(make_workshop("broken", **options), cuts=[1, 6, 9, 13, 15, 20])  # between, at, and right after checkpoints
+    check_rows(broken)
+    assert broken.received == unbroken.received
+    assert broken.state() == unbroken.state()
+    means = [[record.mean_loss for record in w.newest.lineage.files] for w in (unbroken, broken)]
+    assert means[0] == means[1]
+
+
+def test_a_warm_worker_trains_the_same_bits_as_a_fresh_one_for_every_file(make_workshop):
+    warm, cold = make_workshop("warm"), make_workshop("cold")
+    for name, rows in FILES.items():
+        warm.train_file(name, rows)
+        cold.train_file(name, rows)
+        cold.restart()
+    started = [message.warm for message in warm.said if isinstance(message, wire.Started)]
+    assert started == [False, True, True, True, True]
+    assert warm.state() == cold.state()
+
+
+def test_steps_train_exactly_the_slices_of_the_order(workshop):
+    job, facts = workshop.prepare("a", 37)
+    plan = workshop.plan(job, facts)
+    workshop.train(job, facts)
+    order = training_order(plan)
+    for step in range(plan.planned_steps):
+        assert workshop.received[step] == [row + 1 for row in order[step * 12 : (step + 1) * 12]]
+
+
+def test_held_out_rows_are_evaluated_and_never_trained(workshop):
+    job, facts = workshop.prepare("a", 450)
+    plan = workshop.plan(job, facts)
+    workshop.train(job, facts)
+    kept = {row + 1 for row in held_out_rows(plan)}
+    trained = {row for rows in workshop.received.values() for row in rows}
+    assert len(kept) == 2
+    assert trained == set(range(1, 451)) - kept
+    assert workshop.newest.lineage.files[0].eval_loss == pytest.approx(loss_of(workshop, kept), rel=1e-5)
+
+
+def loss_of(workshop, rows):
+    """Mean loss per trained token of these rows, computed row by row from the published model."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(workshop.home.model).eval()
+    total = count = 0
+    for row in Dataset.from_file(str(workshop.home.prepared(1) / "rows.arrow")):
+        if row["row"] + 1 in rows:
+            labels = torch.tensor([row["labels"]])
+            tokens = int((labels[:, 1:] != -100).sum())
+            total += float(model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.detach()) * tokens
+            count += tokens
+    return total / count
+
+
+def rates(workshop):
+    lines = (workshop.home.logs / "metrics.jsonl").read_text().splitlines()
+    return {entry["global_step"]: entry["learning_rate"] for entry in map(json.loads, lines) if "loss" in entry}
+
+
+def test_the_last_of_twenty_files_trains_at_the_rate_of_the_first(workshop):
+    for number in range(20):
+        workshop.train_file(f"f{number}", 5)
+    assert set(rates(workshop).values()) == {1e-3}
+    assert len(rates(workshop)) == 20
+
+
+def test_warming_up_begins_above_zero_and_happens_once_in_a_models_life(workshop):
+    workshop.with_recipe(warmup_steps=4)
+    for number in range(6):
+        workshop.train_file(f"f{number}", 5)
+    assert list(rates(workshop).values()) == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["warm", "cold"])
+def test_a_changed_rate_decay_or_beta_takes_effect_at_the_next_file(workshop, restart):
+    workshop.train_file("a", 5)
+    workshop.with_recipe(learning_rate=5e-4, weight_decay=0.3, adam_beta1=0.8)
+    if restart:
+        workshop.restart()
+    workshop.train_file("b", 5)
+    groups = torch.load(workshop.newest.path / "optimizer.pt", weights_only=True)["param_groups"]
+    assert list(rates(workshop).values()) == [1e-3, 5e-4]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert {group["betas"] for group in groups} == {(0.8, 0.999)}
+
+
+def test_a_plan_in_progress_keeps_its_recipe_when_the_settings_change(workshop):
+    job, facts = workshop.prepare("a", 100)
+    assert workshop.train(job, facts, cut_before=6) is None
+    workshop.with_recipe(learning_rate=7.0)
+    workshop.train(job, facts)
+    assert set(rates(workshop).values()) == {1e-3}
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows(workshop, monkeypatch):
+    from transformers import Trainer
+
+    workshop.train_file("a", 37)
+    original = Trainer.training_step
+
+    def poisoned(trainer, *arguments):
+        loss = original(trainer, *arguments)
+        return loss * float("nan") if trainer.state.global_step == 6 else loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    with pytest.raises(Diverged, match="the loss became nan at global step 7") as caught:
+        workshop.train_file("b", 60)
+    assert [row + 1 for row in caught.value.rows] == workshop.received[6]
+    assert workshop.newest.global_step == 4
+
+
+def test_a_checkpoint_never_holds_a_weight_that_is_no_number(workshop, monkeypatch):
+    from transformers import Trainer
+
+    original = Trainer.training_step
+
+    def ruined(trainer, model, *rest):
+        loss = original(trainer, model, *rest)
+        next(iter(model.parameters())).data[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", ruined)
+    with pytest.raises(Diverged):
+        workshop.train_file("a", 5)
+    assert workshop.newest is None
+
+
+def test_without_room_for_a_checkpoint_training_waits_and_goes_on_by_itself(workshop, monkeypatch):
+    answers = iter([0, 0])
+    true_answer = disk.free_bytes
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: next(answers, true_answer(folder)))
+    monkeypatch.setattr("longrun.training.run.LOOK_FOR_ROOM_S", 0.01)
+    workshop.train_file("a", 37)
+    assert [type(message).__name__ for message in workshop.said].count("Waiting") == 2
+    assert workshop.times_trained(0, 4, 37) == {1: 37}
+
+
+def test_a_save_that_fails_for_want_of_room_is_tried_again(workshop, monkeypatch):
+    import errno
+
+    from longrun import checkpoint
+
+    original, calls = checkpoint.seal, []
+
+    def full_at_first(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "seal", full_at_first)
+    workshop.train_file("a", 10)
+    assert len(calls) == 2
+    assert workshop.newest.global_step == 1
+
+
+def test_the_curves_of_all_files_are_one_tensorboard_run(make_workshop):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workshop = make_workshop(report_to=("tensorboard",))
+    workshop.train_file("a", 100)
+    job, facts = workshop.prepare("b", 200)
+    assert workshop.train(job, facts, cut_before=20) is None
+    workshop.train(job, facts)
+    curves = EventAccumulator(str(workshop.home.logs / "tensorboard")).Reload()
+    steps = [event.step for event in curves.Scalars("train/loss")]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (1, 26)  # ceil(100/12) = 9, ceil(199/12) = 17
+    assert [event.step for event in curves.Scalars("eval/eval_loss")] == [26]
+
+
+def test_a_stop_ends_the_run_at_a_step_boundary_in_a_checkpoint(workshop):
+    job, facts = workshop.prepare("a", 100)
+    workshop.channel.send(wire.Stop(why="pause"))
+    ended = workshop.train(job, facts)
+    assert (ended.stopped, ended.global_step) == ("pause", workshop.newest.global_step)
+    workshop.train(job, facts)
+    assert workshop.times_trained(0, 9, 100) == {1: 100}
+
+
+def test_a_skipped_file_tells_which_rows_were_trained(workshop):
+    job, facts = workshop.prepare("a", 100)
+    workshop.channel.send(wire.Stop(why="skip"))
+    ended = workshop.train(job, facts)
+    assert ended.rows_trained == sorted(row for rows in workshop.received.values() for row in rows)
+
+
+def test_a_job_left_in_the_middle_is_closed_in_the_lineage_by_the_next(workshop):
+    job, facts = workshop.prepare("a", 100)
+    workshop.channel.send(wire.Stop(why="skip"))
+    workshop.train(job, facts)
+    workshop.train_file("b", 5)
+    outcomes = [(f.job, f.outcome, f.done_steps) for f in workshop.newest.lineage.files]
+    assert outcomes == [(1, "ended early", 1), (2, "trained", 1)]
