@@ -1,0 +1,86 @@
+"""Real architectures with real chat templates, tiny and random, from the base model to a published one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longrun.errors import BadConfig
+from longrun.training import base_model
+from longrun.training.ask import ask
+from tests.lab import chat
+from tests.training.templates import random_weights_folder
+from tests.training.workshop import Workshop
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma3", "smollm2", "phi3"])
+def test_a_model_folder_trains_and_its_successor_loads_by_itself(tmp_path, family):
+    folder = tmp_path / family
+    random_weights_folder(folder, family)
+    workshop = Workshop(tmp_path / "home", base_model=str(folder))
+    workshop.with_recipe(batch_size=4)
+    workshop.per_device = 4
+    workshop.restart()
+    for name in ("a", "b"):
+        workshop.train_file(name, 6)
+    workshop.close()
+    model = workshop.home.model
+    assert workshop.newest.lineage.base_model == str(folder)
+    assert workshop.newest.global_step == 4
+    assert type(AutoModelForCausalLM.from_pretrained(model)) is type(AutoModelForCausalLM.from_pretrained(folder))
+    # What the model will be asked with is its own template, whatever the masks were made with.
+    assert AutoTokenizer.from_pretrained(model).chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+    assert isinstance(ask(str(model), "Say hello."), str)
+
+
+def test_every_checkpoint_carries_tokenizer_template_state_and_lineage(tmp_path):
+    workshop = Workshop(tmp_path / "home")
+    workshop.train_file("a", 100)
+    workshop.close()
+    for number in (8, 9):
+        folder = workshop.home.model / f"checkpoint-{number}"
+        names = {path.name for path in folder.iterdir()}
+        wanted = {"model.safetensors", "optimizer.pt", "tokenizer.json", "chat_template.jinja", "lineage.json"}
+        assert wanted <= names
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == number
+        assert "training_args.bin" not in names
+
+
+def test_the_history_of_losses_does_not_make_checkpoints_grow(tmp_path):
+    workshop = Workshop(tmp_path / "home")
+    workshop.train_file("a", 100)
+    workshop.close()
+    assert json.loads((workshop.home.model / "trainer_state.json").read_text())["log_history"] == []
+    assert len((workshop.home.logs / "metrics.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("/nowhere/at/all", "there is no such folder"),
+        ("./missing", "there is no such folder"),
+        ("somebody/some-model", "."),  # offline: whatever the hub library says
+    ],
+)
+def test_a_base_model_that_cannot_be_reached_says_what_to_do(source, why):
+    with pytest.raises(BadConfig, match=why) as caught:
+        base_model.check(source)
+    assert "daemon.py demo" in caught.value.hint
+
+
+def test_a_folder_without_a_config_is_no_base_model(tmp_path):
+    with pytest.raises(BadConfig, match=r"no config\.json"):
+        base_model.check(str(tmp_path))
+
+
+def test_a_cut_row_is_counted_and_one_without_a_trained_token_is_left_out(tmp_path):
+    workshop = Workshop(tmp_path / "home")
+    workshop.with_recipe(max_length=64)
+    rows = [chat("short", "answer"), chat("short", "long " * 40), chat("long " * 40, "never reached")]
+    _, facts = workshop.prepare("a", rows)
+    workshop.close()
+    counted = {key: facts[key] for key in ("rows", "trainable_rows", "truncated_rows", "untrainable_rows")}
+    assert counted == {"rows": 3, "trainable_rows": 2, "truncated_rows": 2, "untrainable_rows": 1}
+    assert facts["untrainable_first"] == 3
