@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrun import disk
@@ -17,7 +18,6 @@ from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from longrun.home import Home
 
@@ -31,6 +31,7 @@ def put_away(home: Home, job: Job) -> Path | None:
     target = None
     for claimed in claimed_files(home, job.number):
         folder = home.trained if job.state is JobState.TRAINED else home.rejected
+        folder.mkdir(exist_ok=True)  # a person may have removed it to make room
         target = free_name(folder, claimed.name)
         if job.state is JobState.REJECTED:
             disk.write_file(_reason_path(target), _reason_text(job).encode())
@@ -73,12 +74,14 @@ def _reason_text(job: Job) -> str:
 
 def take_back(home: Home, name: str) -> Path:
     """Put a rejected file (or a copy of a trained one) into the inbox again; FileNotFoundError if there is none."""
+    name = Path(name).name  # `retry rejected/NAME` is what a shell completes
+    refused = home.rejected / name
+    home.inbox.mkdir(exist_ok=True)
     target = free_name(home.inbox, name)
-    if (home.rejected / name).is_file():
-        disk.rename(home.rejected / name, target)
-        _reason_path(home.rejected / name).unlink(missing_ok=True)
-    else:
-        disk.copy_file(home.trained / name, target)
+    # Copied, never renamed: the inbox may be on another file system.
+    disk.copy_file(refused if refused.is_file() else home.trained / name, target)
+    for done in (refused, _reason_path(refused)):
+        disk.remove_file(done)
     return target
 
 
@@ -93,6 +96,6 @@ def expired(home: Home, keep_days: float) -> Iterator[Path]:
     """Files that were put away longer ago than the setting keeps them; none when it is 0."""
     if keep_days:
         for folder in (home.trained, home.rejected):
-            for path in folder.iterdir():
-                if time.time() - path.stat().st_ctime > keep_days * SECONDS_A_DAY:
+            for path in folder.glob("*"):
+                if path.is_file() and time.time() - path.stat().st_ctime > keep_days * SECONDS_A_DAY:
                     yield path

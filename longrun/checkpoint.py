@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 TRAINER_STATE = "trainer_state.json"
 MANIFEST_VERSION = 1
+GONE = (FileNotFoundError, NotADirectoryError)  # how a model looks that was removed, or replaced by a file
 
 # Of a checkpoint, what only a resume needs: not published. training_args.bin is a pickle, removed unread.
 RESUME_ONLY = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state", MANIFEST)
@@ -68,7 +69,7 @@ def steps(model: Path) -> list[int]:
     """Numbers of the checkpoint folders in the model, highest first, whatever is in them."""
     try:
         names = [entry.name for entry in model.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except GONE:
         return []
     return sorted((int(m[1]) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
 
@@ -132,11 +133,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{MANIFEST} names files outside the checkpoint")
         if manifest["version"] != MANIFEST_VERSION:
             raise Damaged(f"{MANIFEST} has version {manifest['version']}, this program reads {MANIFEST_VERSION}")
-        for facts in files.values():
-            _ = int(facts["size"]), str(facts["sha256"])
+        if not all(type(facts["size"]) is int for facts in files.values()):
+            raise Damaged(f"{MANIFEST} has a size that is not a number")
+        if not all(type(facts["sha256"]) is str for facts in files.values()):
+            raise Damaged(f"{MANIFEST} has a SHA-256 that is not a word")
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
     return manifest
 
@@ -150,6 +153,14 @@ def _checkpoint(folder: Path) -> Checkpoint:
     if not folder.name == f"checkpoint-{global_step}" == f"checkpoint-{lineage.global_step}":
         raise Damaged(f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage")
     return Checkpoint(folder, lineage, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
+
+
+def _lineage_in(folder: Path) -> str | None:
+    """Which lineage the folder says it is of; None when it does not say."""
+    try:
+        return Lineage.from_json((folder / LINEAGE).read_text(encoding="utf-8")).lineage
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest(home: Home, verifier: Verifier, on_damaged: Callable[[str], None]) -> Checkpoint | None:
@@ -166,8 +177,9 @@ def newest(home: Home, verifier: Verifier, on_damaged: Callable[[str], None]) ->
         except Damaged as damage:
             if not (home.model / LINEAGE).exists():
                 break  # not damaged but being removed: removed_or_foreign decides
-            put = set_aside(home, folder)
-            on_damaged(f"{folder.name} is damaged ({damage}); set aside as {put}")
+            with contextlib.suppress(FileNotFoundError):  # removed in this very moment
+                put = set_aside(home, folder)
+                on_damaged(f"{folder.name} is damaged ({damage}); set aside as {put}")
         except FileNotFoundError:
             break
     if not _is_empty(home.model):
@@ -185,6 +197,8 @@ def _is_empty(folder: Path) -> bool:
         return not any(folder.iterdir())
     except FileNotFoundError:
         return True
+    except NotADirectoryError:
+        return False
 
 
 def set_aside(home: Home, folder: Path) -> Path:
@@ -203,7 +217,7 @@ def clear_remains(home: Home) -> bool:
     """
     if _is_empty(home.model) or (home.model / LINEAGE).exists():
         return False
-    entries = list(home.model.iterdir())
+    entries = list(home.model.iterdir()) if home.model.is_dir() else [home.model]
     if not all(_NAME.fullmatch(entry.name) for entry in entries):
         return False
     for entry in entries:
@@ -232,7 +246,7 @@ class OpenModel:
     def _hold(self) -> None:
         try:
             self._folder = os.open(self._home.model, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
+        except GONE:
             raise ModelRemoved(f"{self._home.model} was removed") from None
 
     def __enter__(self) -> Self:
@@ -254,7 +268,7 @@ class OpenModel:
         try:
             there = self._home.model.stat()
             (self._home.model / LINEAGE).stat()
-        except FileNotFoundError:
+        except GONE:
             raise ModelRemoved(f"{self._home.model.name}/ was removed") from None
         if (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino):
             raise ModelRemoved(f"{self._home.model.name}/ was replaced")
@@ -265,14 +279,9 @@ class OpenModel:
             if not _is_empty(self._home.model):
                 raise ModelRemoved(f"{self._home.model} appeared while a new model was being trained")
             return
-        held = os.fstat(self._folder)
-        try:
-            there = self._home.model.stat()
-            lineage = Lineage.from_json((self._home.model / LINEAGE).read_text(encoding="utf-8")).lineage
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ModelRemoved(f"{self._home.model} was removed") from None
-        if (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino) or lineage != self._lineage:
-            raise ModelRemoved(f"{self._home.model} was replaced")
+        self.glance()
+        if _lineage_in(self._home.model) != self._lineage:
+            raise ModelRemoved(f"{self._home.model.name}/ was replaced")
 
     def commit(self, staged: Path, lineage: Lineage, *, keep: int) -> Checkpoint:
         """Make the staged checkpoint the model: seal it, give it its name in one rename, publish, retire old ones.
@@ -281,13 +290,18 @@ class OpenModel:
         """
         seal(staged, lineage)
         self.check()
+        target = folder_of(self._home.model, lineage.global_step)
         if self._folder is None:
             self._found(staged, lineage)
         else:
             self._add(staged)
-            publish(self._home, folder_of(self._home.model, lineage.global_step))
+        try:
+            publish(self._home, target)
             retire(self._home, keep)
-        return _checkpoint(folder_of(self._home.model, lineage.global_step))
+            return _checkpoint(target)
+        except (OSError, Damaged):
+            self.check()  # what is missing may be the whole model
+            raise
 
     def _found(self, staged: Path, lineage: Lineage) -> None:
         """The first commit of a lineage: the whole model folder appears at once."""
@@ -295,12 +309,12 @@ class OpenModel:
         if whole.exists():
             disk.remove_tree(whole, self._home.staging)
         whole.mkdir()
-        staged.rename(whole / staged.name)
+        disk.move(staged, whole / staged.name)
         for name in _published_names(whole / staged.name):
             _place(whole / staged.name / name, whole / name)
         disk.sync_tree(whole)
         try:
-            disk.rename(whole, self._home.model)
+            disk.rename(whole, self._home.model.resolve())  # a symbolic link may say where the model is to be
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
@@ -311,7 +325,9 @@ class OpenModel:
     def _add(self, staged: Path) -> None:
         assert self._folder is not None
         target = self._home.model / staged.name
-        if target.exists():  # an older one of the same number that did not verify
+        if _lineage_in(target) == self._lineage:  # our own, of a commit that failed after its rename
+            disk.remove_tree(target, self._home.staging)
+        elif target.exists():
             set_aside(self._home, target)
         try:
             disk.rename_into(staged, staged.name, self._folder)
@@ -328,7 +344,7 @@ class OpenModel:
 def seal(folder: Path, lineage: Lineage) -> None:
     """Write lineage and manifest into a staged checkpoint and make every byte of it durable."""
     for name in NEVER_KEPT:
-        (folder / name).unlink(missing_ok=True)
+        disk.remove_file(folder / name)
     (folder / LINEAGE).write_text(lineage.to_json(), encoding="utf-8")
     files = {
         path.name: {"size": path.stat().st_size, "sha256": disk.hash_file(path)}
@@ -350,11 +366,11 @@ def publish(home: Home, checkpoint: Path) -> None:
     changed = [name for name in names if not _same(checkpoint / name, home.model / name)]
     for name in changed:
         fresh = home.staging / f"published-{name}"
-        fresh.unlink(missing_ok=True)
+        disk.remove_file(fresh)
         _place(checkpoint / name, fresh)
-        fresh.rename(home.model / name)
+        disk.move(fresh, home.model / name)
     for stale in _stale_names(home.model, set(names)):
-        (home.model / stale).unlink(missing_ok=True)
+        disk.remove_file(home.model / stale)
     if changed:
         disk.sync_folder(home.model)
 

@@ -63,6 +63,7 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def pause(home: Home) -> int:
+    home.make()
     requests.make(home, requests.PAUSE)
     running = disk.holder(home.daemon_lock) is not None
     say(
@@ -203,7 +204,7 @@ def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     check_one_file_system(home)
     probe = home.state / "doctor.probe"
     disk.write_file(probe, b"")
-    probe.unlink()
+    disk.remove_file(probe)
     held = disk.holder(home.daemon_lock)
     who = f"; held by {held.get('what')} (pid {held.get('pid')})" if held else "; no daemon runs"
     return f"{home.root} can be written{who}"
@@ -222,7 +223,7 @@ def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     probe = home.inbox / ".doctor.probe"
     with probe.open("wb"):
         seen = has_writer(probe)
-    probe.unlink()
+    disk.remove_file(probe)
     if seen is None:
         return "open writers cannot be seen on this file system: a file settles after 10 s without a change"
     return "open writers can be seen: a file settles 1 s after its last change"

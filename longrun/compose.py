@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, config, disk
-from longrun.context import Context, check_base
+from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked
 from longrun.journal import Journal
 from longrun.ledger import Ledger
@@ -89,7 +89,7 @@ def check_base_model(context: Context) -> None:
     except BadModel:
         return  # a running daemon says so and waits for a person
     if newest is not None:
-        check_base(context.settings, newest)
+        config.check_base(context.settings, newest.lineage.base_model)
         return
     source = context.settings.model.base_model
     command = [sys.executable, str(PROGRAM), "--check-base", source]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -176,7 +177,7 @@ def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
 def _found_folder(model: ModelSettings, home: Path) -> ModelSettings:
     """A base model that is a folder, by its absolute path: from here or from the home."""
     for folder in (Path(model.base_model).expanduser(), home / model.base_model):
-        if folder.is_dir():
+        if model.base_model != TINY and folder.is_dir():
             return dataclasses.replace(model, base_model=str(folder.resolve()))
     return model
 
@@ -188,9 +189,11 @@ def unpinned(base_model: str) -> str:
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise BadConfig(f"cannot read {path}: {error.strerror}", hint="make it a file that can be read") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
     found = {}
@@ -224,7 +227,7 @@ def _checked(key: str, value: Any, source: str) -> Any:
     default = known[name].default
     try:
         converted = _convert(value, default)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         kind = "list of words" if isinstance(default, tuple) else type(default).__name__
         raise BadConfig(f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}") from None
     _check_limits(key, converted, known[name].metadata, source)
@@ -236,17 +239,24 @@ def _convert(value: Any, default: Any) -> Any:
     if isinstance(default, bool):
         return _to_bool(value)
     if isinstance(default, tuple):
-        words = value.replace(",", " ").split() if isinstance(value, str) else [str(word) for word in value]
-        return tuple(word for word in words if word != "none")
+        return _to_words(value)
     if isinstance(default, int):
         return _to_int(value)
     if isinstance(default, float):
         if isinstance(value, bool):
             raise TypeError
         return float(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         raise TypeError
     return value
+
+
+def _to_words(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    return tuple(str(word) for word in value if word != "none")
 
 
 def _to_bool(value: Any) -> bool:
@@ -259,18 +269,22 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any) -> int:
-    number = float(value) if not isinstance(value, bool) else None
-    if number is None or number != int(number):
+    """Digits are taken as they are; only a form such as 1e6 goes by way of a float."""
+    if isinstance(value, bool):
         raise TypeError
-    return int(value) if isinstance(value, int) else int(number)
+    if isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdecimal()):
+        return int(value)
+    if not float(value).is_integer():
+        raise ValueError
+    return int(float(value))
 
 
 def _check_limits(key: str, value: Any, limits: Mapping[str, Any], source: str) -> None:
     if limits.get("one_of") and value not in limits["one_of"]:
         raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it can be one of: {', '.join(limits['one_of'])}")
     least, most = limits.get("least"), limits.get("most")
-    if isinstance(value, float) and value != value:
-        raise BadConfig(f"{key} = {value!r} ({source}) is not a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadConfig(f"{key} = {value!r} ({source}) is not a finite number")
     if (least is not None and value < least) or (most is not None and value > most):
         raise BadConfig(f"{key} = {value!r} ({source})", hint=f"it must be {_range_words(least, most)}")
 
@@ -292,6 +306,17 @@ def _check_together(settings: Settings) -> None:
 def _did_you_mean(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'nothing yet'}"
+
+
+def check_base(settings: Settings, grown: str) -> None:
+    """BadConfig when the settings name another base model than the one that the current model grew from."""
+    wanted, given = settings.model.base_model, settings.sources.get("model.base_model")
+    if given and wanted != unpinned(grown):
+        raise BadConfig(
+            f"base_model is {wanted} ({given}), but the current model grew from {grown}",
+            hint="to begin anew: `python3 backup_manager.py backup current_model/ --type pre_recovery`,"
+            " then `rm -rf current_model/`; to go on: take base_model back",
+        )
 
 
 def changes(old: Settings, new: Settings) -> list[str]:

@@ -78,7 +78,7 @@ class Context:
         try:
             fresh = config.load(self.home.settings, flags=self.flags)
             if newest is not None:
-                check_base(fresh, newest)
+                config.check_base(fresh, newest.lineage.base_model)
         except BadConfig as error:
             self.problem("settings", f"{error}. The former settings stay in force")
             return
@@ -120,18 +120,6 @@ def _signature(path: Path) -> tuple[int, ...]:
     except FileNotFoundError:
         return ()
     return (found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def check_base(settings: Settings, newest: checkpoint.Checkpoint) -> None:
-    """BadConfig when the settings name another base model than the current model grew from."""
-    wanted, grown = settings.model.base_model, newest.lineage.base_model
-    given = settings.sources.get("model.base_model")
-    if given and wanted != config.unpinned(grown):
-        raise BadConfig(
-            f"base_model is {wanted} ({given}), but the current model grew from {grown}",
-            hint="to begin anew: `python3 backup_manager.py backup current_model/ --type pre_recovery`,"
-            " then `rm -rf current_model/`; to go on: take base_model back",
-        )
 
 
 def _in_words(reason: dict[str, Any]) -> str:

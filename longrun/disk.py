@@ -58,7 +58,8 @@ def sync_tree(folder: Path) -> None:
 
 def aside(path: Path) -> Path:
     """A name beside `path`, hidden, that nobody else uses."""
-    return path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # a name holds 255 bytes, not letters
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -84,6 +85,17 @@ def rename(source: Path, target: Path) -> None:
     sync_folder(target.parent)
     if source.parent != target.parent:
         sync_folder(source.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """A rename that is not synced: for many moves at once, made durable together by `sync_folder`."""
+    source.rename(target)
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Move a file within one file system, but never over another: FileExistsError instead."""
+    os.link(source, target)
+    source.unlink()
 
 
 def rename_into(source: Path, name: str, folder: int) -> None:
@@ -114,13 +126,34 @@ def share_file(source: Path, target: Path) -> None:
     Cloned blocks stay apart under any later write. The second choice, a hard link, is safe only for files
     that are replaced and never rewritten: safetensors are, torch.save's and json's are not.
     """
-    with source.open("rb") as old, target.open("xb") as new:
+    try:
+        _clone_file(source, target)
+    except OSError:
+        target.unlink(missing_ok=True)
         try:
-            fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
-            os.fsync(new.fileno())
-        except OSError:
-            target.unlink()
             os.link(source, target)
+        except OSError:
+            copy_file(source, target)
+
+
+def _clone_file(source: Path, target: Path) -> None:
+    with source.open("rb") as old, target.open("wb") as new:
+        fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
+        os.fsync(new.fileno())
+
+
+def remove_file(path: Path) -> bool:
+    """Delete a file; whether there was one. Not synced: a file that a crash brings back must do no harm."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete an empty folder; OSError when something is in it."""
+    folder.rmdir()
 
 
 def remove_tree(folder: Path, trash: Path) -> None:
@@ -207,8 +240,9 @@ class Lock:
 
     def _write_note(self, what: str) -> None:
         note = {"pid": os.getpid(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without it
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
 
     def release(self) -> None:
         os.close(self._descriptor)

@@ -7,6 +7,7 @@ for a while.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longrun import disk
+from longrun import archive, disk
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from longrun.config import InboxSettings
     from longrun.home import Home
 
-ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
-TEMPORARY = re.compile(r"^[.~#]|\.(part|crdownload|tmp|swp|filepart)$|~$", re.IGNORECASE)
+ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?\Z", re.IGNORECASE)
+TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
 CLAIM_AT_ONCE = 500  # files a tick: bounds the tick, not the inbox
+ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
+# What a look at a file does, ours too; a bell that rang for it would ring itself.
+LOOKS = ("opened", "closed_no_write")
 
 Signature = tuple[int, int, int, int, int]
 
@@ -65,13 +69,15 @@ class Inbox:
         """Look at every entry; the names that have settled, oldest first."""
         self._home.inbox.mkdir(exist_ok=True)
         present: dict[str, Signature] = {}
+        listed = set()
         with os.scandir(self._home.inbox) as entries:
             for entry in entries:
+                listed.add(entry.name)
                 if self._is_candidate(entry):
                     present.update(_look(entry))
         self._seen = {name: self._still(name, signature, now) for name, signature in present.items()}
         self._written &= present.keys()
-        self._told &= present.keys() | {name for name in self._told if (self._home.inbox / name).is_symlink()}
+        self._told &= listed
         settled = [name for name in present if self._has_settled(name, now)]
         return sorted(settled, key=lambda name: (present[name][3], os.fsencode(name)))
 
@@ -81,7 +87,7 @@ class Inbox:
         return max(0.02, min([self._settings.scan_s, *(wait for wait in waits if wait > 0)]))
 
     def _is_candidate(self, entry: os.DirEntry[str]) -> bool:
-        if TEMPORARY.search(entry.name) or entry.name == "@eaDir":
+        if TEMPORARY.search(entry.name):
             return False
         if entry.is_symlink():
             return self._leave(entry.name, "it is a symbolic link", "copy the file itself")
@@ -134,51 +140,63 @@ class Inbox:
         return jobs
 
     def _claim_one(self, name: str, number: int) -> bool:
-        source, folder = self._home.inbox / name, self._home.claimed(number)
-        if self._is_left_over(source):
-            source.unlink()
-            return False
-        folder.mkdir(parents=True, exist_ok=True)
+        source, target = self._home.inbox / name, self._home.claimed(number) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            source.rename(folder / name)
-        except FileNotFoundError:
-            return _undo(folder)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self._copy_across(source, folder / name, number)
-            return True
-        if has_writer(folder / name) and self._give_back(folder / name, source):
-            return _undo(folder)
-        if (folder / name).stat().st_nlink > 1:  # another name leads to these bytes: take our own
-            disk.copy_file(folder / name, folder / name)
+            taken = self._take(source, target, number)
+        except FileNotFoundError:  # it vanished meanwhile
+            taken = False
+        except PermissionError as error:
+            taken = self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
+        if not taken:
+            disk.remove_folder(target.parent)
+            disk.remove_folder(target.parent.parent)
+        return taken
+
+    def _take(self, source: Path, target: Path, number: int) -> bool:
+        """Whether the file is ours now: moved, or copied where a move would not give us bytes of our own."""
+        if source.lstat().st_nlink > 1 or not _moved(source, target):
+            return self._copy(source, target, number)
+        if has_writer(target):  # it opened the file between look and move: let it finish
+            disk.rename_new(target, archive.free_name(source.parent, source.name))
+            return False
         return True
 
-    def _give_back(self, claimed: Path, source: Path) -> bool:
-        """A writer opened the file between look and move: let it finish. False when the name is taken again."""
+    def _copy(self, source: Path, target: Path, number: int) -> bool:
+        """The copy becomes ours, beside a note of what it was made from, before the original goes.
+
+        A crash in between leaves an original that the note recognises.
+        """
+        signature, note = _signature(source.lstat()), self._home.job(number) / ORIGIN
+        taken = False
         try:
-            os.link(claimed, source)
-        except FileExistsError:
-            return False
-        claimed.unlink()
-        return True
+            disk.write_file(note, _origin(source.name, signature))
+            disk.copy_file(source, target)
+            disk.sync_tree(note.parent)
+            disk.sync_folder(self._home.jobs)
+            if _signature(source.lstat()) == signature and not has_writer(source):
+                taken = disk.remove_file(source)
+        finally:
+            if not taken:
+                disk.remove_file(target)
+                disk.remove_file(note)
+        return taken
 
-    # An inbox on another file system cannot be renamed out of: the copy becomes ours, with a note of what
-    # was copied, before the original goes. A crash in between leaves an original that the note recognises.
 
-    def _copy_across(self, source: Path, target: Path, number: int) -> None:
-        signature = _signature(source.lstat())
-        disk.copy_file(source, target)
-        disk.write_file(self._home.job(number) / "origin.json", json.dumps([source.name, *signature]).encode())
-        disk.sync_tree(self._home.job(number))
-        disk.sync_folder(self._home.jobs)
-        source.unlink()
+def _moved(source: Path, target: Path) -> bool:
+    """False when the inbox is on another file system."""
+    try:
+        disk.move(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
-    def _is_left_over(self, source: Path) -> bool:
-        if source.lstat().st_dev == self._home.jobs.stat().st_dev:
-            return False
-        mark = [source.name, *_signature(source.lstat())]
-        return any(json.loads(note.read_bytes()) == mark for note in self._home.jobs.glob("*/origin.json"))
+
+def _origin(name: str, signature: Signature) -> bytes:
+    # Without the device: some file systems get another number at each mount.
+    return json.dumps([name, *signature[1:]]).encode()
 
 
 def claimed_job(number: int, name: str) -> Job:
@@ -189,13 +207,25 @@ def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
     """Claimed files whose job folder the ledger does not know: the crash came between move and record."""
     found = []
     for folder in sorted(home.jobs.iterdir()):
-        if folder.name.isdecimal() and not known(int(folder.name)):
-            claimed = list((folder / "claimed").glob("*")) if (folder / "claimed").is_dir() else []
-            if claimed:
-                found.append(claimed_job(int(folder.name), claimed[0].name))
-            else:
+        if folder.name.isdecimal():
+            _finish_copy(home, folder / ORIGIN)
+            number = int(folder.name)
+            claimed = archive.claimed_files(home, number)
+            if claimed and not known(number):
+                found.append(claimed_job(number, claimed[0].name))
+            elif not known(number):
                 disk.remove_tree(folder, home.staging)
     return found
+
+
+def _finish_copy(home: Home, note: Path) -> None:
+    """Remove from the inbox what was copied whole before a crash, or it would be trained twice."""
+    if not note.exists() or not archive.claimed_files(home, int(note.parent.name)):
+        return
+    source = home.inbox / json.loads(note.read_bytes())[0]
+    with contextlib.suppress(FileNotFoundError):
+        if _origin(source.name, _signature(source.lstat())) == note.read_bytes():
+            disk.remove_file(source)
 
 
 def has_writer(path: Path) -> bool | None:
@@ -232,12 +262,6 @@ def _signature(found: os.stat_result) -> Signature:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _undo(folder: Path) -> bool:
-    folder.rmdir()
-    folder.parent.rmdir()
-    return False
-
-
 class Bell:
     """Rings when something happens in the inbox. It may fail in any way: the scan every few seconds does not."""
 
@@ -270,8 +294,9 @@ class Bell:
         ring = self._ring
 
         class Ring(FileSystemEventHandler):
-            def on_any_event(self, event: FileSystemEvent) -> None:  # noqa: ARG002
-                ring()
+            def on_any_event(self, event: FileSystemEvent) -> None:
+                if event.event_type not in LOOKS:
+                    ring()
 
         observer = Observer()
         try:

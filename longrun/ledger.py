@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Self
@@ -17,7 +17,7 @@ from longrun.errors import BadConfig
 from longrun.job import Job, JobState, check_move
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _COLUMNS = "number, name, state, arrived_at, sha256, rows, format, attempts, reason"
@@ -38,9 +38,12 @@ class Ledger:
             connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
         except sqlite3.DatabaseError as error:
             connection.close()
+            damaged = not isinstance(error, sqlite3.OperationalError)  # else: no room, no right, locked
             raise BadConfig(
                 f"cannot open the ledger {path}: {error}",
-                hint=f"move it away (mv {path} {path}.damaged); it is rebuilt from the model and state/jobs/",
+                hint=f"move it away (mv {path} {path}.damaged); it is rebuilt from the model and state/jobs/"
+                if damaged
+                else f"see to it that {path.parent} can be written and has room",
             ) from None
         return cls(connection)
 
@@ -102,8 +105,15 @@ class Ledger:
 
     # -- plumbing
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("begin immediate")
+        try:
+            yield
+            self._db.commit()
+        except BaseException:
+            self._db.rollback()  # does nothing where SQLite has rolled back itself, as it may on a full disk
+            raise
 
     def _jobs(self, where: str, *values: object) -> list[Job]:
         with closing(self._db.execute(f"select {_COLUMNS} from job {where}", values)) as cursor:  # noqa: S608
@@ -111,17 +121,6 @@ class Ledger:
 
     def _number(self, query: str, *values: object) -> int:
         return int(self._db.execute(query, values).fetchone()[0])
-
-
-class _Transaction:
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
-
-    def __enter__(self) -> None:
-        self._db.execute("begin immediate")
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self._db.execute("rollback" if kind else "commit")
 
 
 def _to_row(job: Job) -> tuple[object, ...]:

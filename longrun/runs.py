@@ -290,6 +290,7 @@ class Runs:
             f"{run.job.name}: training on {message.device}, model {how}",
             job=run.job.number,
             warm=message.warm,
+            worker_pid=self.worker.pid,
         )
         if run.stopping:
             self.worker.send(wire.Stop(why=run.stopping), now)

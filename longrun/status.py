@@ -25,18 +25,18 @@ def write(home: Home, facts: dict[str, Any]) -> None:
 
 
 def read(home: Home) -> dict[str, Any]:
-    """The last note, corrected by the truth: `state` is "stopped" when nobody holds the lock, and `stale_s`
-    says how old the note is when that is suspicious.
+    """The last note, corrected by the truth: `state` is "stopped" when nobody holds the lock, "starting" when its
+    holder has not written a note yet, and `stale_s` says how old the note is when that is suspicious.
     """
     facts = _empty(home) | _note(home)
+    written_at = facts.pop("written_at", None)
     held = disk.holder(home.daemon_lock)
     if held is None:
-        return facts | {"state": "stopped", "pid": None}
-    age_s = time.time() - float(facts.pop("written_at", 0.0))
-    facts["pid"] = held.get("pid", facts["pid"])
-    if age_s > STALE_S:
-        facts["stale_s"] = round(age_s)
-    return facts
+        return facts | {"state": "stopped", "pid": None, "current": None}
+    if held.get("pid") != facts["pid"] or not isinstance(written_at, float):
+        return facts | {"state": "starting", "pid": held.get("pid"), "current": None}
+    age_s = time.time() - written_at
+    return facts | {"stale_s": round(age_s)} if age_s > STALE_S else facts
 
 
 def _note(home: Home) -> dict[str, Any]:

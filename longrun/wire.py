@@ -180,7 +180,7 @@ def encode(message: Message) -> bytes:
     return json.dumps({"is": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
-def decode(line: bytes) -> Message:
+def decode(line: bytes | bytearray) -> Message:
     values = json.loads(line)
     message: Message = _TYPES[values.pop("is")](**values)
     return message
@@ -237,8 +237,9 @@ class Channel:
         assert len(self._buffer) < MAX_MESSAGE_BYTES, "a message without an end"
 
     def _whole_messages(self) -> list[Message]:
-        *lines, rest = bytes(self._buffer).split(b"\n") if b"\n" in self._buffer else [bytes(self._buffer)]
-        self._buffer = bytearray(rest)
+        if b"\n" not in self._buffer:  # a long message arrives in many pieces: it is copied once
+            return []
+        *lines, self._buffer = self._buffer.split(b"\n")
         return [decode(line) for line in lines]
 
 

@@ -68,6 +68,7 @@ class Child:
     def _open_log(self) -> IO[bytes]:
         """What the libraries print goes to logs/worker.log; the daemon's log stays one line an event."""
         path = self._home.logs / f"{self.role}.log"
+        path.parent.mkdir(exist_ok=True)  # a person may have removed it to make room
         too_long = path.exists() and path.stat().st_size > LOG_LIMIT_BYTES
         return path.open("wb" if too_long else "ab")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, config
-from longrun.context import check_base
 from longrun.errors import BadFile, ExitCode
 from longrun.examine import examine
 from longrun.plan import make_plan
@@ -25,7 +24,7 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
     settings = config.load(home.settings, flags=flags)
     newest = _newest(home)
     if newest is not None:
-        check_base(settings, newest)
+        config.check_base(settings, newest.lineage.base_model)
     step = newest.global_step if newest else 0
     tokenizer = load_tokenizer(
         str(newest.path) if newest else settings.model.base_model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 import pytest
 
@@ -58,11 +59,11 @@ def settings(dropout_model):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, settings):
-    lab = Lab(tmp_path_factory.mktemp("unbroken") / "home", **settings)
-    for name, rows in FILES.items():
-        lab.drop(f"{name}.jsonl", rows)
-    assert lab.drain() == 0
-    return lab
+    with closing(Lab(tmp_path_factory.mktemp("unbroken") / "home", **settings)) as lab:
+        for name, rows in FILES.items():
+            lab.drop(f"{name}.jsonl", rows)
+        assert lab.drain() == 0
+        yield lab
 
 
 def test_a_kill_in_every_phase_loses_no_row_and_changes_no_bit(unbroken, make_lab, settings):

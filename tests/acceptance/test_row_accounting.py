@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from contextlib import closing
 
 import pytest
 
@@ -16,13 +17,13 @@ WITH_HELD_OUT = FILES | {"f": 250}
 
 
 def run(home, files, **settings):
-    lab = Lab(home, **{"train.logging_steps": 1, "worker.prepare_ahead": 3, **settings})
-    lab.hashes = {}
-    for name, rows in files.items():
-        dropped = lab.drop(f"{name}.jsonl", rows)
-        lab.hashes[name] = hashlib.sha256(dropped.read_bytes()).hexdigest()
-    lab.exit_code = lab.drain()
-    return lab
+    with closing(Lab(home, **{"train.logging_steps": 1, "worker.prepare_ahead": 3, **settings})) as lab:
+        lab.hashes = {}
+        for name, rows in files.items():
+            dropped = lab.drop(f"{name}.jsonl", rows)
+            lab.hashes[name] = hashlib.sha256(dropped.read_bytes()).hexdigest()
+        lab.exit_code = lab.drain()
+        return lab
 
 
 @pytest.fixture(scope="module")

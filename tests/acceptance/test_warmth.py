@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from tests.lab import Lab
 
-FILES = {"a": 37, "b": 60, "c": 41}
+FILES = {"a": 80, "b": 37, "c": 41}
 STEP = "transformers.trainer:Trainer.training_step"
 RECIPE = {"train.learning_rate": 1e-3, "train.batch_size": 4, "train.num_train_epochs": 2}
 
@@ -14,30 +16,31 @@ RECIPE = {"train.learning_rate": 1e-3, "train.batch_size": 4, "train.num_train_e
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory, dropout_model):
     """Three files through one worker, which is then left idle. Steps are slow enough to prepare a file beside them."""
-    lab = Lab(
-        tmp_path_factory.mktemp("warm") / "home",
-        base_model=dropout_model,
-        **RECIPE,
-        **{"worker.idle_release_minutes": 2 / 60},
-    )
+    settings = {"base_model": dropout_model, **RECIPE, "worker.idle_release_minutes": 2 / 60}
+    with closing(Lab(tmp_path_factory.mktemp("warm") / "home", **settings)) as lab:
+        live_through(lab)
+        return lab
+
+
+def live_through(lab):
+    daemon = lab.start(faults=[{"at": STEP, "role": "worker", "row": "Say a-", "do": "slow", "nth": 0}])
     for name, rows in FILES.items():
         lab.drop(f"{name}.jsonl", rows)
-    daemon = lab.start(faults=[{"at": STEP, "role": "worker", "row": "Say a-", "do": "slow", "nth": 0}])
+        lab.wait_until(lambda: [e for e in lab.events if e["event"] == "started"])
     lab.wait_until(lambda: lab.names("trained") == {f"{name}.jsonl" for name in FILES})
     lab.released = lab.wait_until(lambda: [e for e in lab.events if e["event"] == "released"])
     lab.idle_status = lab.wait_until(lambda: (s := lab.status)["worker_pid"] is s["preparer_pid"] is None and s)
     lab.kill(daemon)
-    return lab
 
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory, dropout_model):
     """The same files, each with a daemon of its own."""
-    lab = Lab(tmp_path_factory.mktemp("cold") / "home", base_model=dropout_model, **RECIPE)
-    for name, rows in FILES.items():
-        lab.drop(f"{name}.jsonl", rows)
-        assert lab.drain() == 0
-    return lab
+    with closing(Lab(tmp_path_factory.mktemp("cold") / "home", base_model=dropout_model, **RECIPE)) as lab:
+        for name, rows in FILES.items():
+            lab.drop(f"{name}.jsonl", rows)
+            assert lab.drain() == 0
+        return lab
 
 
 def happened(lab, event, name):
@@ -59,12 +62,12 @@ def test_later_files_are_trained_by_the_worker_that_is_warm(warm, cold):
     started = [happened(warm, "started", name)[1] for name in FILES]
     assert [event["warm"] for event in started] == [False, True, True]
     assert len({event["worker_pid"] for event in started}) == 1
-    assert len({event["worker_pid"] for e in [cold] for event in e.events if event["event"] == "started"}) == 3
+    assert len({event["worker_pid"] for event in cold.events if event["event"] == "started"}) == 3
 
 
 def test_the_next_file_is_prepared_while_one_is_trained(warm):
-    assert happened(warm, "started", "a")[0] < happened(warm, "prepared", "c")[0] < happened(warm, "trained", "a")[0]
-    assert happened(warm, "prepared", "b")[0] < happened(warm, "trained", "a")[0]
+    begun, ended = happened(warm, "started", "a")[0], happened(warm, "trained", "a")[0]
+    assert begun < happened(warm, "prepared", "b")[0] < happened(warm, "prepared", "c")[0] < ended
 
 
 def test_an_idle_worker_gives_its_memory_back(warm):

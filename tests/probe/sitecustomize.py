@@ -9,7 +9,7 @@
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
 `transformers.trainer:Trainer.training_step` may ask for a batch that contains a row (`row`) or is larger than
 `rows_over`; any fault may ask for arguments that mention a text (`about`). Each fault strikes once a process, at
-its nth call, or every time with "nth": 0; with "once" it strikes once in all, and leaves a mark of that name.
+its nth call, or every time with "nth": 0; with "once" it strikes once in all, unless its mark is there already.
 
     kill         this process           kill daemon   its parent           kill both   its parent, then itself
     hang         for an hour            slow          for a tenth of a second
@@ -71,7 +71,7 @@ def broken(function, fault):
         if "about" in fault and fault["about"] not in repr(arguments):
             return function(*arguments, **options)
         calls += 1
-        strikes = fault.get("nth", 1) in (0, calls) and is_first(fault.get("once"))
+        strikes = fault.get("nth", 0 if "once" in fault else 1) in (0, calls) and is_first(fault.get("once"))
         if strikes and fault.get("when", "before") == "before":
             strike(fault["do"])
         result = function(*arguments, **options)
