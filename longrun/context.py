@@ -31,6 +31,7 @@ class Context:
     rejected_now: int = 0  # since this daemon started
     trained_now: int = 0
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
+    seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
     begun: int = 0  # the job that the model is in the middle of
     _settings_seen: tuple[int, ...] = (0,)
 
@@ -57,13 +58,43 @@ class Context:
             self.say("solved", f"{kind}: solved")
 
     def newest(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted."""
-        newest = checkpoint.newest(
-            self.home, self.verifier, lambda text: self.say("checkpoint damaged", text, level="error")
-        )
+        """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted.
+
+        Not while a run commits: what was published from a damaged checkpoint is replaced.
+        """
+        damaged: list[str] = []
+
+        def tell(text: str) -> None:
+            damaged.append(text)
+            self.say("checkpoint damaged", text, level="error")
+
+        newest = checkpoint.newest(self.home, self.verifier, tell)
+        if newest is not None and damaged:
+            checkpoint.publish(self.home, newest.path)
+            self._tell_undone(newest)
+        if newest is None and self.seen is not None:
+            self.model_removed("current_model/ was removed: starting from the base model at step 0")
         here = newest.lineage.in_progress if newest else None
-        self.begun = here.plan.job if here else 0
+        self.seen, self.begun = newest, here.plan.job if here else 0
         return newest
+
+    def _tell_undone(self, newest: checkpoint.Checkpoint) -> None:
+        """The model went back behind files that are in trained/: whether to train them again is for a person."""
+        known = max((record.job for record in newest.lineage.files), default=0)
+        names = [job.name for job in self.ledger.in_state(JobState.TRAINED) if job.number > known]
+        if names:
+            self.say(
+                "undone",
+                f"the model is back at {newest.path.name}: what it learnt since from {', '.join(names)} is undone."
+                " `daemon.py retry NAME` trains a file again",
+                level="error",
+                files=names,
+            )
+
+    def model_removed(self, text: str, **facts: Any) -> None:
+        """Tell it once, whoever notices first."""
+        self.seen = None
+        self.say("model removed", text, level="warning", **facts)
 
     def base_model(self, newest: checkpoint.Checkpoint | None) -> str:
         """What the model grew from: told by the lineage once there is one, by the settings before."""

@@ -133,8 +133,7 @@ class Inbox:
                 jobs.append(claimed_job(number, name))
                 self._seen.pop(name, None)
         if jobs:
-            for job in jobs:
-                disk.sync_tree(self._home.job(job.number))
+            disk.sync_trees([self._home.job(job.number) for job in jobs])
             disk.sync_folder(self._home.jobs)
             disk.sync_folder(self._home.inbox)
         return jobs

@@ -46,7 +46,6 @@ class Daemon:
         self._preparation = Preparation(context)
         self._runs = Runs(context)
         self._notifier = Notifier()
-        self._newest: Checkpoint | None = None  # as last seen; the disk is asked again before every job
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._scanned = False
@@ -91,11 +90,12 @@ class Daemon:
             if job is not None and job.state in FINAL:
                 archive.put_away(context.home, job)
         with contextlib.suppress(BadModel):  # the first tick tells
-            self._newest = context.newest()
-        if self._newest is not None:
-            checkpoint.publish(context.home, self._newest.path)
-            where = f"global step {self._newest.global_step} ({self._newest.path.name}, verified)"
-            context.say("resume", f"the model is at {where}", global_step=self._newest.global_step)
+            context.newest()
+        newest = context.seen
+        if newest is not None:
+            checkpoint.publish(context.home, newest.path)
+            where = f"global step {newest.global_step} ({newest.path.name}, verified)"
+            context.say("resume", f"the model is at {where}", global_step=newest.global_step)
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
         """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
@@ -136,7 +136,7 @@ class Daemon:
         except BadModel as error:
             self._stand_still(now, "model", error)
         except ModelRemoved:
-            self._newest = None  # between two looks at it; the next tick begins afresh
+            pass  # between two looks at it; the next tick begins afresh
         self._tell_status(now)
         return self._finished()
 
@@ -148,7 +148,7 @@ class Daemon:
         self._claim_settled(now)
         if now >= self._trouble_over:
             self._settle_orphans(now)
-            self._preparation.next(now, self._newest)
+            self._preparation.next(now, self._context.seen)
             self._train_next(now)
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
@@ -203,7 +203,8 @@ class Daemon:
         """A job number that neither ledger, folders nor model know."""
         home = self._context.home
         folders = [int(folder.name) for folder in home.jobs.iterdir() if folder.name.isdecimal()]
-        in_model = [record.job for record in self._newest.lineage.files] if self._newest else []
+        seen = self._context.seen
+        in_model = [record.job for record in seen.lineage.files] if seen else []
         return max([self._context.ledger.highest_number(), *folders, *in_model]) + 1
 
     # -- training
@@ -249,14 +250,8 @@ class Daemon:
                 return False, None
             if not checkpoint.clear_remains(self._context.home):
                 raise
-            newest = None
-        if newest is None and self._newest is not None:
-            self._context.say(
-                "model removed",
-                "current_model/ was removed: starting from the base model at step 0",
-                level="warning",
-            )
-        self._newest, self._bad_model_since = newest, None
+            newest = self._context.newest()
+        self._bad_model_since = None
         self._context.solved("model")
         return True, newest
 

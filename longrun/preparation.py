@@ -55,9 +55,11 @@ class Preparation:
         except wire.Closed:
             self._died(self.preparer.kill())
         else:
-            if self._busy_with and self.preparer.silent_s(now) > self._context.settings.worker.step_timeout_s:
+            limits = self._context.settings.worker  # any task may begin with imports and a tokenizer to load
+            limit_s = max(limits.start_timeout_s, limits.step_timeout_s)
+            if self._busy_with and self.preparer.silent_s(now) > limit_s:
                 self.preparer.kill()
-                self._died("no progress")
+                self._died(f"no progress for {limit_s:g} s")
 
     def next(self, now: float, newest: Checkpoint | None) -> None:
         """Give the preparer the next thing to do: examining first, then tokens for the jobs whose turn is near."""

@@ -199,9 +199,9 @@ class Runs:
     # -- stopping
 
     def stop(self, why: str, now: float) -> None:
-        """Ask for the end of the run at the next step boundary, after a checkpoint."""
+        """Ask for the end of the run at the next step boundary, after a checkpoint. A skip is not taken back."""
         run = self.current
-        if run is None or run.stopping == why:
+        if run is None or run.stopping in (why, "skip"):
             return
         run.stopping = why
         if run.started:
@@ -219,12 +219,17 @@ class Runs:
 
     def check_model(self) -> None:
         """Drop the run when its model was removed: the old one must not come back."""
-        if self.current is None:
-            return
+        if self.current is not None:
+            self._lost_model(self.current)
+
+    def _lost_model(self, run: Run) -> bool:
+        """Whether the model was removed under the run, which is over then. A removal is nobody's failed attempt."""
         try:
-            self.current.model.glance()
+            run.model.glance()
         except ModelRemoved as gone:
-            self._model_removed(self.current, str(gone))
+            self._model_removed(run, str(gone))
+            return True
+        return False
 
     # -- hearing
 
@@ -321,6 +326,7 @@ class Runs:
             return  # removed already, or about to be found damaged: the next look at the model decides
         run.model.close()
         run.model = checkpoint.OpenModel(self._context.home, saved)
+        self._context.seen = saved
         self._context.say(
             "saved",
             f"{folder.name} saved ({message.size_bytes / 1e6:.1f} MB in {message.seconds:.2f} s)",
@@ -344,9 +350,16 @@ class Runs:
         self._context.journal.progress_over()
 
     def _ended(self, run: Run, message: wire.Ended) -> None:
+        if self._lost_model(run):
+            return
         self._over(run)
-        newest = self._context.newest()  # the disk is believed, not the message
-        if newest is not None and newest.lineage.has_trained(run.job.number, run.job.sha256):
+        try:
+            newest = self._context.newest()  # the disk is believed, not the message
+        except BadModel:
+            return  # perhaps it is being removed: the job is left running, and settled when that is clear
+        if newest is None:
+            self._context.ledger.move(run.job, JobState.QUEUED)
+        elif newest.lineage.has_trained(run.job.number, run.job.sha256):
             self.finish(run.job, newest)
         elif message.stopped:
             self._end_stopped(run, message.stopped, message.rows_trained)
@@ -395,6 +408,8 @@ class Runs:
         )
 
     def _failed(self, run: Run, failure: wire.Failed) -> None:
+        if self._lost_model(run):
+            return
         self._over(run)
         if failure.kind == "model removed":
             self._model_removed(run, failure.why)
@@ -419,6 +434,8 @@ class Runs:
     def _died(self, how: str, kind: str = "crash") -> None:
         run = self.current
         if run is not None:
+            if self._lost_model(run):
+                return
             self._over(run)
             if run.stopping and run.stopping != "skip":
                 self._context.ledger.move(run.job, JobState.QUEUED)
@@ -457,11 +474,8 @@ class Runs:
         self.worker.kill()
         self._over(run)
         self._context.ledger.move(run.job, JobState.QUEUED)
-        self._context.say(
-            "model removed",
-            f"{why}: {run.job.name} will start again from the base model at step 0",
-            level="warning",
-            job=run.job.number,
+        self._context.model_removed(
+            f"{why}: {run.job.name} will start again from the base model at step 0", job=run.job.number
         )
 
     def _release_when_idle(self, now: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,12 +14,11 @@ def ask(folder: str, question: str) -> str:
     """The model's answer, decoded greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    messages = [{"role": "user", "content": question}]
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt: Any = tokenizer.apply_chat_template(messages, **options)
     output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    answer: str = tokenizer.decode(output[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer
+    return str(tokenizer.decode(output[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset as Arrow
 from torch.utils.data import Dataset
@@ -13,14 +14,20 @@ from longrun.home import ROWS
 from longrun.training.masks import IGNORED
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 Sample = dict[str, Any]  # input_ids, labels: lists of int; row: int
 
 
+NO_ROW = -1
+
+
 class PlannedRows(Dataset[Sample]):
-    """Prepared rows, picked by `order`. Maps the file into memory; reads a row when it is asked for."""
+    """Prepared rows, picked by `order`. Maps the file into memory; reads a row when it is asked for.
+
+    Where the order says NO_ROW stands a row in which nothing is trained: it fills the last step up so that every
+    process has a share of it, and no row is trained twice.
+    """
 
     def __init__(self, prepared: Path, order: NDArray[np.int64]) -> None:
         self._rows = Arrow.from_file(str(prepared / ROWS))
@@ -30,8 +37,14 @@ class PlannedRows(Dataset[Sample]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> Sample:
-        sample: Sample = self._rows[int(self._order[index])]
+        row = int(self._order[index])
+        sample: Sample = self._rows[row] if row != NO_ROW else {"input_ids": [0], "labels": [IGNORED], "row": NO_ROW}
         return sample
+
+
+def filled_up(order: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:
+    """The order with NO_ROW added to a multiple of the batch."""
+    return np.pad(order, (0, -len(order) % batch_size), constant_values=NO_ROW)
 
 
 class Collator:
@@ -51,7 +64,7 @@ class Collator:
             "attention_mask": torch.tensor(
                 [[1] * len(s["input_ids"]) + [0] * (longest - len(s["input_ids"])) for s in samples]
             ),
-            "rows": [sample["row"] for sample in samples],
+            "rows": [sample["row"] for sample in samples if sample["row"] != NO_ROW],
         }
 
     def _padded(self, samples: list[Sample], key: str, longest: int, filler: int) -> torch.Tensor:

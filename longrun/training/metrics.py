@@ -12,6 +12,7 @@ from longrun import disk
 
 if TYPE_CHECKING:
     from longrun.home import Home
+    from longrun.training.world import World
 
 CHECK_EVERY = 16  # steps on a GPU: reading a loss makes the processor wait for it
 
@@ -28,7 +29,8 @@ class Diverged(Exception):
 class Losses:
     """The loss of each step of a job, summed in the order of steps so that a resumed sum is bit-identical."""
 
-    def __init__(self, loss_sum: float, last: float | None, *, check_every: int) -> None:
+    def __init__(self, world: World, loss_sum: float, last: float | None, *, check_every: int) -> None:
+        self._world = world
         self.sum = loss_sum
         self.last = last
         self._check_every = check_every
@@ -53,7 +55,7 @@ class Losses:
     def read(self) -> None:
         """Bring what is still on the device over and check it."""
         unread, self._unread = self._unread, []
-        values = torch.stack([loss for _, _, loss in unread]).tolist() if unread else []
+        values = self._world.mean(torch.stack([loss for _, _, loss in unread])).tolist() if unread else []
         for (global_step, rows, _), value in zip(unread, values, strict=True):
             if not math.isfinite(value):
                 raise Diverged(f"the loss became {value}", global_step, rows)
@@ -64,9 +66,10 @@ class Losses:
 class Metrics:
     """Where the curves go. Rows and steps of a run that was rolled back appear again; the last ones count."""
 
-    def __init__(self, home: Home, *, tensorboard: bool) -> None:
+    def __init__(self, home: Home, *, writes: bool, tensorboard: bool) -> None:
         self._home = home
-        self._tensorboard = tensorboard
+        self._writes = writes  # one process of several does
+        self._tensorboard = tensorboard and writes
         self._writer: Any = None
         self._lineage = ""
 
@@ -91,6 +94,8 @@ class Metrics:
         mark.write_text(lineage, encoding="utf-8")
 
     def write(self, global_step: int, **values: float) -> None:
+        if not self._writes:
+            return
         disk.append_line(self._home.logs / "metrics.jsonl", json.dumps({"global_step": global_step, **values}))
         if self._writer is not None:
             for name, value in values.items():
@@ -98,6 +103,8 @@ class Metrics:
 
     def write_rows(self, global_step: int, *, lineage: str, job: int, rows: list[int]) -> None:
         """The rows of a step, numbered from 1, as they reached the model."""
+        if not self._writes:
+            return
         line = {"lineage": lineage, "global_step": global_step, "job": job, "rows": [row + 1 for row in rows]}
         disk.append_line(self._home.logs / "rows.jsonl", json.dumps(line))
 

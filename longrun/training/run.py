@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,11 @@ from longrun.journal import utc_now
 from longrun.lineage import Lineage
 from longrun.plan import Plan, Recipe
 from longrun.training import base_model
-from longrun.training.data import Collator, PlannedRows
+from longrun.training.data import Collator, PlannedRows, filled_up
 from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
 from longrun.training.order import held_out_rows, training_order
 from longrun.training.trainer import InMemory, PlannedTrainer
+from longrun.training.world import World, asked_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,24 @@ SAVE_SHARE = 0.02  # of the time may go into checkpoints, at the default interva
 SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a kill can cost
 LOOK_FOR_ROOM_S = 2.0
 ROOM_MARGIN_BYTES = 32 << 20
+
+
+class Line(Protocol):
+    """What a run needs of its conversation with the daemon."""
+
+    def send(self, message: wire.Message) -> None: ...
+
+    def receive(self, timeout_s: float | None) -> list[wire.Message]: ...
+
+
+class Silence:
+    """The line of a process that is not the first: the first speaks and listens for all."""
+
+    def send(self, message: wire.Message) -> None:
+        pass
+
+    def receive(self, timeout_s: float | None) -> list[wire.Message]:  # noqa: ARG002
+        return []
 
 
 class DiskFull(LongrunError):
@@ -67,14 +86,16 @@ class Options:
 
 
 class Runner:
-    def __init__(self, home: Home, options: Options, channel: wire.Channel) -> None:
+    def __init__(self, home: Home, options: Options, channel: Line) -> None:
         self._home = home
         self._options = options
         self._channel = channel
         self._trainer: PlannedTrainer | None = None
         self._base = ""
         self.device = base_model.find_device(options.dtype)
-        self.metrics = Metrics(home, tensorboard=_has_tensorboard(options))
+        self._args = _arguments(home, options, self.device)
+        self.world = World()
+        self.metrics = Metrics(home, writes=self.world.leads, tensorboard=_has_tensorboard(options))
 
     def run(self, task: wire.Train) -> wire.Ended:
         """Train the task's plan to its end, or until asked to stop. Raises Diverged, ModelRemoved, BadConfig."""
@@ -85,7 +106,7 @@ class Runner:
         trainer = self._trainer or self._load(task, newest)
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=self._base)
         with checkpoint.OpenModel(self._home, newest) as model:
-            session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics)
+            session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
             trainer.conductor, trainer.resumes = session, digest
             trainer.train_dataset = session.rows
             trainer.args.max_steps = session.plan.target_step
@@ -119,7 +140,7 @@ class Runner:
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         trainer = PlannedTrainer(
             model=model,
-            args=_arguments(self._home, options, self.device),
+            args=self._args,
             data_collator=Collator(pad),
             processing_class=tokenizer,
         )
@@ -134,14 +155,15 @@ class Runner:
 
 def _arguments(home: Home, options: Options, device: base_model.Device) -> TrainingArguments:
     """The one TrainingArguments of this process: a second would reset accelerate's state under the Trainer."""
+    # Only when asked for: newer versions of transformers call it by another name, and warn.
+    rarely: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(home.staging),
         per_device_train_batch_size=options.per_device,
-        gradient_accumulation_steps=options.batch_size // options.per_device,
+        gradient_accumulation_steps=options.batch_size // (options.per_device * asked_size()),
         max_steps=1,  # set for each run
         optim=options.optim,
-        # Only when asked for: newer versions of transformers call it by another name, and warn.
-        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
+        **rarely,
         bf16=device.bf16 and options.dtype != "bfloat16",
         use_cpu=device.name == "cpu",
         train_sampling_strategy="sequential",
@@ -170,13 +192,15 @@ class Session:
     def __init__(
         self,
         home: Home,
-        channel: wire.Channel,
+        channel: Line,
         task: wire.Train,
         lineage: Lineage,
         model: checkpoint.OpenModel,
         trainer: PlannedTrainer,
         metrics: Metrics,
+        world: World,
     ) -> None:
+        self._world = world
         self.plan = Plan.from_dict(task.plan)
         self._home, self._channel, self._task = home, channel, task
         self._model, self._trainer, self._metrics = model, trainer, metrics
@@ -184,10 +208,13 @@ class Session:
         self._order = training_order(self.plan)
         prepared = Path(task.prepared)
         done = self.progress.done_steps * self.plan.recipe.batch_size
-        self.rows = PlannedRows(prepared, self._order[done:])
+        left = self._order[done:]
+        self.rows = PlannedRows(prepared, filled_up(left, self.plan.recipe.batch_size) if world.size > 1 else left)
         self._held_out = PlannedRows(prepared, held_out_rows(self.plan))
         on_cpu = trainer.args.device.type == "cpu"
-        self._losses = Losses(self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY)
+        self._losses = Losses(
+            world, self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY
+        )
         self._stop = ""
         self._eval_loss: float | None = None
         self._logged_at = self.progress.global_step
@@ -211,6 +238,7 @@ class Session:
         step = state.global_step
         rows = self._losses.end_step(step)
         if self._task.row_log:
+            rows = self._world.gather(rows)
             self._metrics.write_rows(step, lineage=self._before.lineage, job=self.plan.job, rows=rows)
         at_end = step == self.plan.target_step
         self._listen()
@@ -219,8 +247,9 @@ class Session:
         self._tell(step, always=at_end or step == self._began_step + 1)
         if at_end:
             self._eval_loss = self._evaluate(step)
+        self._stop, save = self._world.share((self._stop, self._is_time_to_save(step)))
         control.should_training_stop = at_end or bool(self._stop)
-        control.should_save = control.should_training_stop or self._is_time_to_save(step)
+        control.should_save = control.should_training_stop or save
 
     def _listen(self) -> None:
         for message in self._channel.receive(0):
@@ -291,31 +320,32 @@ class Session:
         self._losses.read()
         self._check_weights()
         step = self._trainer.state.global_step
-        staged = self._home.staging / f"checkpoint-{step}"
         lineage = self._lineage_at(step)
-        while True:
+        digest = None
+        while digest is None:
             self._wait_for_room()
             started = time.monotonic()
-            try:
-                disk.remove_tree(staged, self._home.staging)
-                write()
-                saved = self._model.commit(staged, lineage, keep=self._task.save_total_limit)
-                break
-            except (OSError, RuntimeError, SafetensorError) as error:
-                if not self._was_for_want_of_room(error):
-                    raise
-                disk.remove_tree(staged, self._home.staging)
-        self._trainer.in_memory = InMemory(saved.digest, saved.digest)
+            digest = self._world.share(self._save_once(write, lineage))
+        self._trainer.in_memory = InMemory(digest, digest)
         self._saved = time.monotonic()
         self._save_s = self._saved - started
-        self._channel.send(
-            wire.Saved(
-                job=self.plan.job,
-                global_step=step,
-                seconds=self._save_s,
-                size_bytes=disk.tree_bytes(saved.path),
-            )
-        )
+        size = disk.tree_bytes(checkpoint.folder_of(self._home.model, step)) if self._world.leads else 0
+        self._channel.send(wire.Saved(job=self.plan.job, global_step=step, seconds=self._save_s, size_bytes=size))
+
+    def _save_once(self, write: Callable[[], None], lineage: Lineage) -> str | None:
+        """The digest of the committed checkpoint; None when there turned out to be no room for it."""
+        staged = self._home.staging / f"checkpoint-{lineage.global_step}"
+        try:
+            if self._world.leads:
+                disk.remove_tree(staged, self._home.staging)
+            write()
+            if self._world.leads:
+                return self._model.commit(staged, lineage, keep=self._task.save_total_limit).digest
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not self._was_for_want_of_room(error):
+                raise
+            disk.remove_tree(staged, self._home.staging)
+        return None
 
     def _lineage_at(self, step: int) -> Lineage:
         self.progress = replace(
@@ -336,7 +366,7 @@ class Session:
             raise Diverged("a weight became nan or inf", self._trainer.state.global_step, rows.tolist())
 
     def _wait_for_room(self) -> None:
-        need = self._need_bytes()
+        need = self._need_bytes() if self._world.leads else 0
         while (free := disk.free_bytes(self._home.staging)) < need:
             self._channel.send(wire.Waiting(job=self.plan.job, need_bytes=need, free_bytes=free))
             for message in self._channel.receive(LOOK_FOR_ROOM_S):

@@ -16,7 +16,7 @@ from longrun.errors import BadConfig, BadFile, LongrunError, ModelRemoved
 if TYPE_CHECKING:
     from longrun.home import Home
     from longrun.training.masks import Encoder
-    from longrun.training.run import Runner
+    from longrun.training.run import Line, Runner
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LOCK_WAIT_S = 60.0
@@ -33,27 +33,35 @@ def be_a_child() -> None:
 
 
 def worker(home: Home, socket: Path, options_json: str) -> None:
-    """Train what the daemon says, until it is gone."""
+    """Train what the daemon says, until it is gone. With several processes, one of which this is, the first leads."""
     be_a_child()
-    # More than one visible GPU would make the Trainer split every batch over them.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if int(os.environ.get("RANK", "0")):
+        _work(home, options_json, None)
+        return
     with disk.Lock.take(home.model_lock, what="training worker", wait_s=LOCK_WAIT_S):
-        channel = wire.connect(socket)
-        from longrun.training.run import Options, Runner
-
-        options = Options.from_json(options_json)
-        runner = Runner(home, options, channel)
-        channel.send(wire.Hello(pid=os.getpid(), role="worker", device=str(runner.device)))
-        try:
-            while True:
-                for message in channel.receive(None):
-                    if isinstance(message, wire.Train):
-                        _train(runner, channel, message)
-        except wire.Closed:
-            return
+        _work(home, options_json, wire.connect(socket))
 
 
-def _train(runner: Runner, channel: wire.Channel, task: wire.Train) -> None:
+def _work(home: Home, options_json: str, channel: wire.Channel | None) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        # More than one visible GPU would make the Trainer of a single process split every batch over them.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    from longrun.training.run import Options, Runner, Silence
+
+    line = channel or Silence()
+    runner = Runner(home, Options.from_json(options_json), line)
+    line.send(wire.Hello(pid=os.getpid(), role="worker", device=str(runner.device)))
+    try:
+        while True:
+            for message in runner.world.share(channel.receive(None) if channel else []):
+                if isinstance(message, wire.Train):
+                    _train(runner, line, message)
+    except wire.Closed:
+        # The other processes wait for a word that will not come; the launcher ends them with this one.
+        sys.exit(runner.world.size > 1)
+
+
+def _train(runner: Runner, channel: Line, task: wire.Train) -> None:
     """One run. After a failure the process ends: what is in its memory is not to be trusted."""
     try:
         channel.send(runner.run(task))

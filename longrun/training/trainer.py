@@ -120,6 +120,14 @@ class PlannedTrainer(Trainer):
 
     # -- checkpoints
 
+    # The randomness of a step follows from its number: there is none to save, and no pickle of it to load.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        pass
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer writes the files, the run makes them a checkpoint: complete, verified, or not there."""
         write = super()._save_checkpoint
@@ -136,7 +144,7 @@ class _Beat(TrainerCallback):
         self._trainer.apply_recipe(state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        reseed(self._trainer.conductor.recipe.seed, state.global_step)
+        reseed(self._trainer.conductor.recipe.seed, state.global_step, args.process_index)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -160,9 +168,10 @@ class _Beat(TrainerCallback):
         del state.log_history[:]
 
 
-def reseed(seed: int, global_step: int) -> None:
-    """Make all randomness of a step a function of (seed, global_step), so that resuming repeats it exactly."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}:{global_step}".encode()).digest()[:4], "big")
+def reseed(seed: int, global_step: int, rank: int = 0) -> None:
+    """Make all randomness of a step a function of (seed, global_step, rank), so that resuming repeats it exactly."""
+    salt = f"{seed}:{global_step}" + (f":{rank}" if rank else "")
+    number = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:4], "big")
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)

@@ -93,7 +93,7 @@ def test_a_removal_is_told_and_the_new_plan_reaches_its_own_steps(story):
     }
     assert sentences[-1].endswith("step 3)")
     told = [event for event in story.events if event["event"] == "model removed"]
-    assert len(told) == len(story.seen) - 2, story.log  # all but at the first start and while no daemon ran
+    assert len(told) == len(story.seen) - 2, story.log  # neither before the first file nor while no daemon ran
 
 
 def test_a_removal_costs_a_file_no_attempt(story):

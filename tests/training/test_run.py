@@ -67,9 +67,9 @@ def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop
 
 
 def test_a_warm_worker_trains_the_same_bits_as_a_fresh_one_for_every_file(make_workshop):
-    warm, cold = make_workshop("warm"), make_workshop("cold")
+    warm = train_all(make_workshop("warm"))
+    cold = make_workshop("cold")  # only now: two TrainingArguments cannot live in one process
     for name, rows in FILES.items():
-        warm.train_file(name, rows)
         cold.train_file(name, rows)
         cold.restart()
     started = [message.warm for message in warm.said if isinstance(message, wire.Started)]

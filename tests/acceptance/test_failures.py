@@ -1,0 +1,165 @@
+"""A file that crashes, hangs, diverges or does not fit never stops the queue, and no damage is trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import closing
+
+import pytest
+
+from tests.lab import Lab, numbered
+
+STEP = "transformers.trainer:Trainer.training_step"
+ROWS = 24  # three steps of eight
+
+FAULTS = [
+    {"at": STEP, "role": "worker", "row": "Say crashing-0012.", "do": "kill", "nth": 0},
+    {"at": STEP, "role": "worker", "row": "Say diverging-0012.", "do": "nan", "nth": 0},
+    {"at": STEP, "role": "worker", "row": "Say large-", "do": "oom", "nth": 0, "rows_over": 2},
+    {"at": STEP, "role": "worker", "row": "Say hanging-0012.", "do": "hang", "nth": 0},
+    {"at": "longrun.training.prepare:prepare", "role": "preparer", "about": "unlucky", "do": "kill", "once": "unlucky"},
+    {"at": "longrun.examine:examine", "role": "preparer", "about": "unreadable", "do": "kill", "nth": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """Bad files between good ones, all through one daemon."""
+    settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "worker.max_attempts": 3}
+    with closing(Lab(tmp_path_factory.mktemp("failures") / "home", **settings)) as lab:
+        for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "last"):
+            lab.drop(f"{name}.jsonl", ROWS)
+        lab.exit_code = lab.drain(faults=FAULTS)
+        yield lab
+
+
+def reason(lab, name):
+    return json.loads((lab.home / "rejected" / f"{name}.jsonl.reason.json").read_text())
+
+
+def retries(lab, name):
+    return [e["message"] for e in lab.events if e["event"] == "retry" and e["message"].startswith(f"{name}.jsonl")]
+
+
+def test_bad_files_are_rejected_and_all_others_train_each_row_once(story):
+    assert story.exit_code == 1
+    trained = ["first", "unlucky", "large", "last"]
+    assert story.names("trained") == {f"{name}.jsonl" for name in trained}
+    assert {name: story.times_trained(name, ROWS) for name in trained} == dict.fromkeys(trained, {1: ROWS})
+    rejected = {f"{name}.jsonl" for name in ("crashing", "diverging", "unreadable")}
+    assert story.names("rejected") == rejected | {f"{name}.reason.json" for name in rejected}
+    assert story.names("inbox") == story.names("state/jobs") == set()
+
+
+def test_a_file_that_kills_the_worker_gets_three_attempts(story):
+    told = reason(story, "crashing")
+    assert told["kind"] == "crash"
+    assert "SIGKILL" in told["why"]
+    assert told["why"].endswith("given up after 3 attempts")
+    started = [e for e in story.events if e["event"] == "started" and e["message"].startswith("crashing")]
+    assert 3 <= len(started) <= 4  # one more when a first attempt got as far as a checkpoint
+
+
+def test_a_step_whose_loss_is_no_number_names_its_rows_and_is_not_in_the_model(story):
+    told = reason(story, "diverging")
+    assert told["kind"] == "diverged"
+    assert 12 in told["rows"]
+    assert len(told["rows"]) == 8
+    assert f"global step {told['step']}" in told["why"]
+    record = next((file for file in story.lineage["files"] if file["name"] == "diverging.jsonl"), None)
+    done = record["done_steps"] if record else 0
+    # What was saved before that step stays; its rows, and those after them, were never trained.
+    assert story.times_trained("diverging", ROWS) == {n: c for n, c in {1: 8 * done, 0: ROWS - 8 * done}.items() if c}
+    assert story.times_trained("diverging", ROWS)[0] >= 8
+    assert record is None or record["outcome"] == "ended early"
+
+
+def test_out_of_memory_makes_batches_smaller_and_steps_not(story):
+    record = next(file for file in story.lineage["files"] if file["name"] == "large.jsonl")
+    assert (record["planned_steps"], record["batch_size"]) == (3, 8)
+    received = story.steps_received()
+    assert [len(received[step]) for step in range(record["base_step"], record["target_step"])] == [8, 8, 8]
+    assert "from now on 4 rows at once on a device; a step still trains 8 rows" in story.log
+    assert len(retries(story, "large")) <= 2
+
+
+def test_a_preparer_that_dies_costs_one_attempt_and_a_file_that_kills_it_three(story):
+    assert len(retries(story, "unlucky")) == 1
+    assert len(retries(story, "unreadable")) == 2
+    assert "the preparer died over it" in reason(story, "unreadable")["why"]
+
+
+def test_the_sentence_before_each_file_stays_true_among_failures(story):
+    for file in story.lineage["files"]:
+        planned, base = file["planned_steps"], file["base_step"]
+        assert f"This file will train for {planned} steps (reaching global step {base + planned})" in story.log
+    assert story.global_step == sum(file["done_steps"] for file in story.lineage["files"])
+
+
+def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab):
+    settings = {"worker.step_timeout_s": 3, "worker.start_timeout_s": 60, "worker.max_attempts": 2}
+    lab = make_lab(**settings)
+    lab.drop("hanging.jsonl", ROWS)
+    lab.drop("next.jsonl", ROWS)
+    assert lab.drain(faults=FAULTS) == 1
+    assert reason(lab, "hanging")["kind"] == "hang"
+    assert "no progress for 3 s; given up after 2 attempts" in reason(lab, "hanging")["why"]
+    assert lab.times_trained("next", ROWS) == {1: ROWS}
+    assert [file["name"] for file in lab.lineage["files"]] == ["next.jsonl"]
+
+
+def flip_a_bit(folder):
+    path = folder / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_a_bit_of_the_weights(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def remove_a_file(folder):
+    (folder / "trainer_state.json").unlink()
+
+
+def cut_the_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+
+
+DAMAGES = [flip_a_bit, flip_a_bit_of_the_weights, truncate, remove_a_file, cut_the_manifest]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_gone_on_from(make_lab):
+    lab = make_lab(**{"train.save_steps": 1, "train.learning_rate": 1e-3, "train.save_total_limit": 3})
+    lab.start()
+    drop_and_wait(lab, "start")
+    for number, damage in enumerate(DAMAGES):
+        newest = lab.global_step
+        damage(lab.model / f"checkpoint-{newest}")
+        name = damage.__name__.replace("_", "")
+        drop_and_wait(lab, name)
+        # The step of the damaged checkpoint is undone; the next file goes on from the one before it.
+        record = lab.lineage["files"][-1]
+        assert (record["name"], record["base_step"]) == (f"{name}.jsonl", newest - 1)
+        assert lab.times_trained(name, ROWS) == {1: ROWS}
+        assert len(lab.names("state/set_aside")) == number + 1
+        assert re.search(rf"checkpoint-{newest} is damaged \(.*\); set aside as ", lab.log)
+        assert lab.global_step == newest - 1 + 3
+        undone = "start" if number == 0 else DAMAGES[number - 1].__name__.replace("_", "")
+        assert f"the model is back at checkpoint-{newest - 1}: what it learnt since from {undone}.jsonl" in lab.log
+
+
+def drop_and_wait(lab, name):
+    lab.drop(f"{name}.jsonl", numbered(name, ROWS))
+    lab.wait_until(lambda: f"{name}.jsonl" in lab.names("trained"))

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longrun import disk
+from longrun.errors import Locked
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def failing(number: int) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -- complete or absent
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_replaced_whole(tmp_path: Path, durable: bool) -> None:
+    disk.write_file(tmp_path / "x", b"old", durable=durable)
+    disk.write_file(tmp_path / "x", b"new", durable=durable)
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    monkeypatch.setattr(os, call, failing(errno.ENOSPC))
+    for write in (lambda: disk.write_file(tmp_path / "x", b"new"), lambda: disk.copy_file(tmp_path / "x", tmp_path / "x")):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{EURO SIGN}" * 85, "\udcff" * 255])
+def test_the_longest_names_have_room_for_a_name_aside(tmp_path: Path, name: str) -> None:
+    disk.write_file(tmp_path / name, b"content")
+    disk.copy_file(tmp_path / name, tmp_path / name)
+    assert names(tmp_path) == [name]
+
+
+def test_a_copy_is_apart_from_its_source(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    os.link(tmp_path / "a", tmp_path / "b")
+    disk.copy_file(tmp_path / "a", tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"2")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_both_folders_of_a_rename_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "sync_folder", synced.append)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a").write_bytes(b"1")
+    disk.rename(tmp_path / "a", tmp_path / "in" / "b")
+    assert synced == [tmp_path / "in", tmp_path]
+    disk.rename(tmp_path / "in" / "b", tmp_path / "in" / "c")
+    assert synced[2:] == [tmp_path / "in"]
+
+
+def test_a_new_name_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"2")
+    with pytest.raises(FileExistsError):
+        disk.rename_new(tmp_path / "a", tmp_path / "b")
+    disk.rename_new(tmp_path / "a", tmp_path / "c")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"b": b"2", "c": b"1"}
+
+
+def test_a_removed_folder_takes_no_new_names_even_if_another_stands_at_its_path(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "new").mkdir()
+    held = os.open(tmp_path / "model", os.O_RDONLY)
+    (tmp_path / "model").rmdir()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError):
+        disk.rename_into(tmp_path / "new", "checkpoint-1", held)
+    os.close(held)
+    assert names(tmp_path / "model") == []
+
+
+def test_a_folder_held_open_takes_a_name_wherever_it_was_moved(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "new").mkdir()
+    held = os.open(tmp_path / "model", os.O_RDONLY)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    disk.rename_into(tmp_path / "new", "checkpoint-1", held)
+    os.close(held)
+    assert names(tmp_path / "moved") == ["checkpoint-1"]
+
+
+def test_contents_are_synced_before_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"1")
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), real(fd))
+    )
+    disk.sync_tree(tmp_path / "a")
+    assert synced == ["file", "b", "a"]
+
+
+def test_many_trees_are_synced_and_an_error_is_heard(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(20)]
+    for folder in folders:
+        folder.mkdir()
+    disk.sync_trees(folders)
+    with pytest.raises(FileNotFoundError):
+        disk.sync_trees([*folders, tmp_path / "absent"])
+
+
+# -- sharing
+
+
+def test_a_shared_file_has_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    disk.share_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"weights"
+
+
+def test_blocks_are_cloned_where_the_file_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(disk.fcntl, "ioctl", lambda new, _, old: os.write(new, os.pread(old, 99, 0)))
+    disk.share_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"weights"
+    assert (tmp_path / "a").stat().st_nlink == 1
+
+
+def test_a_file_is_linked_where_blocks_cannot_be_cloned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(disk.fcntl, "ioctl", failing(errno.EOPNOTSUPP))
+    disk.share_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+
+
+def test_a_file_is_copied_where_it_cannot_be_linked_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(disk.fcntl, "ioctl", failing(errno.EOPNOTSUPP))
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    disk.share_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"weights"
+    assert names(tmp_path) == ["a", "b"]
+
+
+# -- deleting
+
+
+def test_a_tree_leaves_its_name_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *_, **__: None)  # a kill comes before the deletion
+    disk.remove_tree(tmp_path / "model", tmp_path / "trash")
+    assert names(tmp_path) == ["trash"]
+    monkeypatch.undo()
+    disk.empty_folder(tmp_path / "trash")
+    assert names(tmp_path / "trash") == []
+
+
+def test_removing_what_is_not_there_is_no_fault(tmp_path: Path) -> None:
+    disk.remove_tree(tmp_path / "absent", tmp_path / "trash")
+    assert not disk.remove_file(tmp_path / "absent")
+
+
+def test_a_folder_is_emptied_of_files_folders_and_links(tmp_path: Path) -> None:
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "file").write_bytes(b"1")
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "keep")
+    disk.empty_folder(tmp_path / "x")
+    assert names(tmp_path) == ["keep", "x"]
+    assert names(tmp_path / "x") == []
+
+
+def test_only_an_empty_folder_is_removed_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "file").write_bytes(b"1")
+    with pytest.raises(OSError, match="not empty"):
+        disk.remove_folder(tmp_path / "x")
+    assert disk.remove_file(tmp_path / "x" / "file")
+    disk.remove_folder(tmp_path / "x")
+    assert names(tmp_path) == []
+
+
+# -- measuring
+
+
+def test_a_hash_tells_of_each_piece_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"a" * (disk.CHUNK_BYTES + 1))
+    pieces: list[int] = []
+    digest = disk.hash_file(tmp_path / "x", pieces.append)
+    assert digest == disk.hashlib.sha256(b"a" * (disk.CHUNK_BYTES + 1)).hexdigest()
+    assert pieces == [disk.CHUNK_BYTES, 1]
+
+
+def test_bytes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"123")
+    (tmp_path / "y").write_bytes(b"4")
+    assert disk.tree_bytes(tmp_path) == 4
+    assert 0 < disk.free_bytes(tmp_path) <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
+
+
+def test_a_line_cut_off_by_a_crash_harms_only_itself(tmp_path: Path) -> None:
+    disk.append_line(tmp_path / "x", "one")
+    with (tmp_path / "x").open("ab") as file:
+        file.write(b'{"cut')
+    disk.append_line(tmp_path / "x", "two")
+    disk.append_line(tmp_path / "x", "three")
+    assert (tmp_path / "x").read_text() == 'one\n{"cut\ntwo\nthree\n'
+
+
+# -- the lock
+
+HOLD = "import sys, time; from pathlib import Path; from longrun import disk; {}"
+TAKE = "lock = disk.Lock.take(Path(sys.argv[1]), what='a test', wait_s=0.05); print('held', flush=True); time.sleep(60)"
+
+
+def holding(path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-S", "-c", HOLD.format(TAKE), str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+
+
+def test_a_held_lock_names_its_holder(tmp_path: Path) -> None:
+    with disk.Lock.take(tmp_path / "lock", what="the Longrun daemon"):
+        second = holding(tmp_path / "lock")
+        _, said = second.communicate()
+    assert second.returncode == 1
+    assert f"is held by the Longrun daemon (pid {os.getpid()}, since 20" in said
+    assert "longrun.errors.Locked" in said
+
+
+def test_a_lock_is_gone_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    other = holding(path)
+    assert other.stdout.readline() == "held\n"
+    found = disk.holder(path)
+    assert found is not None
+    assert (found["pid"], found["what"]) == (other.pid, "a test")
+    with pytest.raises(Locked):
+        disk.Lock.take(path, what="x", wait_s=0)
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert disk.holder(path) is None
+    disk.Lock.take(path, what="x", wait_s=0).release()
+
+
+def test_asking_for_the_holder_disturbs_nobody(tmp_path: Path) -> None:
+    assert disk.holder(tmp_path / "absent") is None
+    assert not (tmp_path / "absent").exists()
+    disk.Lock.take(tmp_path / "lock", what="x").release()
+    assert disk.holder(tmp_path / "lock") is None
+    disk.Lock.take(tmp_path / "lock", what="x", wait_s=0).release()
+
+
+def test_a_short_wait_outlasts_one_who_only_asks(tmp_path: Path) -> None:
+    asking = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    disk.fcntl.flock(asking, disk.fcntl.LOCK_EX)
+    started = time.monotonic()
+    with pytest.raises(Locked):
+        disk.Lock.take(tmp_path / "lock", what="x", wait_s=0.03)
+    assert time.monotonic() - started >= 0.03
+    os.close(asking)
+
+
+@pytest.mark.parametrize("note", [b"", b"{", b"[]", b"\xff"])
+def test_a_note_that_says_nothing_is_still_a_held_lock(tmp_path: Path, note: bytes) -> None:
+    with disk.Lock.take(tmp_path / "lock", what="x"):
+        (tmp_path / "lock").write_bytes(note)
+        assert disk.holder(tmp_path / "lock") == {}
+        with pytest.raises(Locked, match=r"another process \(pid \?"):
+            disk.Lock.take(tmp_path / "lock", what="y", wait_s=0)
+
+
+def test_a_lock_can_be_taken_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+    with disk.Lock.take(tmp_path / "lock", what="x"):
+        assert disk.holder(tmp_path / "lock") == {}
+
+
+def test_a_note_is_shorter_than_the_one_before(tmp_path: Path) -> None:
+    disk.Lock.take(tmp_path / "lock", what="x" * 500).release()
+    disk.Lock.take(tmp_path / "lock", what="y").release()
+    assert json.loads((tmp_path / "lock").read_bytes())["what"] == "y"
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    child = (
+        "import os, time; from longrun import disk; disk.die_with_parent();"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', sys.argv[1]])", child],
+        cwd=REPOSITORY,
+    )
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.005)
+    parent.kill()
+    parent.wait()
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while _lives(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from longrun.errors import BadConfig, BadFile, BadModel, ExitCode, Locked, LongrunError, ModelRemoved, NotRunning
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(BadConfig, 78), (Locked, 75), (NotRunning, 3), (BadFile, 1), (BadModel, 1), (ModelRemoved, 1)],
+)
+def test_each_error_has_the_exit_code_that_is_promised(error: type[LongrunError], code: int) -> None:
+    assert error("x").exit_code == code
+    assert isinstance(error("x").exit_code, ExitCode)
+
+
+def test_an_error_says_what_to_type_next() -> None:
+    assert str(LongrunError("cannot do x", hint="try y")) == "cannot do x. try y"
+    assert str(LongrunError("cannot do x")) == "cannot do x"
+
+
+def test_a_bad_file_names_line_byte_and_field() -> None:
+    error = BadFile("must be a string", line=3, byte=40, field="messages[1].content", hint="quote it")
+    assert str(error) == "line 3, byte 40: messages[1].content: must be a string. quote it"
+    assert str(BadFile("it is empty")) == "it is empty"
+
+
+def test_a_reason_holds_only_what_is_known() -> None:
+    assert BadFile("empty", kind="empty").reason() == {"kind": "empty", "why": "empty"}
+    assert BadFile("x", line=1, byte=0, hint="fix").reason() == {
+        "kind": "content",
+        "why": "x",
+        "line": 1,
+        "byte": 0,
+        "fix": "fix",
+    }

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longrun.lineage import FileRecord, InProgress, Lineage
+from longrun.plan import Plan, Recipe
+from tests.unit.builders import lineage_at, plan_of
+
+NOW = "2026-01-01T00:00:00+00:00"
+names = st.text(st.characters(codec=None), max_size=20)  # surrogates too: names that are no UTF-8
+losses = st.none() | st.floats(allow_nan=False)
+counts = st.integers(0, 10**12)
+rates = st.floats(allow_nan=False)
+recipes = st.builds(Recipe, **{name: rates for name in ("learning_rate", "weight_decay", "adam_beta1")}, seed=counts)
+plans = st.builds(Plan, name=names, recipe=recipes)
+records = st.builds(FileRecord, name=names, final_loss=losses, mean_loss=losses, eval_loss=losses)
+progresses = st.builds(InProgress, plan=plans, loss_sum=rates, last_loss=losses)
+lineages = st.builds(
+    Lineage, files=st.lists(records, max_size=3).map(tuple), in_progress=st.none() | progresses, base_model=names
+)
+
+
+@given(lineages)
+def test_a_lineage_survives_json_exactly(lineage: Lineage) -> None:
+    text = lineage.to_json()
+    assert text.isascii()
+    assert Lineage.from_json(text) == lineage
+
+
+def test_json_tells_readers_how_far_the_job_is() -> None:
+    begun, progress = lineage_at(5).begun(plan_of(80, base_step=5), NOW)
+    told = json.loads(begun.at(replace(progress, done_steps=4)).to_json())
+    here = told["in_progress"]
+    assert (told["global_step"], here["done_steps"], here["planned_steps"], here["target_step"]) == (9, 4, 10, 15)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"files": 1}', '{"in_progress": null, "files": [{}]}'])
+def test_what_is_no_lineage_is_refused(text: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Lineage.from_json(text)
+
+
+def test_a_job_begins_at_its_first_step() -> None:
+    before, progress = lineage_at(5).begun(plan_of(80, base_step=5), NOW)
+    assert before == lineage_at(5)
+    assert (progress.done_steps, progress.global_step, progress.loss_sum) == (0, 5, 0.0)
+
+
+def test_a_job_that_was_cut_off_goes_on_where_it_was() -> None:
+    plan = plan_of(80, base_step=5)
+    begun, progress = lineage_at(5).begun(plan, NOW)
+    saved = begun.at(replace(progress, done_steps=4, loss_sum=8.0, last_loss=1.0))
+    before, resumed = saved.begun(plan, NOW)
+    assert (resumed.done_steps, resumed.loss_sum, resumed.global_step) == (4, 8.0, 9)
+    assert before.in_progress is None
+    assert before.files == ()
+
+
+def test_an_ended_job_is_among_the_files_with_its_losses() -> None:
+    plan = plan_of(80, base_step=5)
+    progress = InProgress(plan=plan, done_steps=10, loss_sum=25.0, last_loss=2.0)
+    ended = lineage_at(5).ended(progress, outcome="trained", finished_at=NOW, eval_loss=3.0)
+    (record,) = ended.files
+    assert (ended.global_step, ended.in_progress) == (15, None)
+    assert (record.mean_loss, record.final_loss, record.eval_loss) == (2.5, 2.0, 3.0)
+    assert (record.base_step, record.planned_steps, record.target_step, record.done_steps) == (5, 10, 15, 10)
+
+
+def test_a_job_left_in_the_middle_is_closed_when_another_begins() -> None:
+    first, second = plan_of(80), plan_of(80, base_step=4, job=2)
+    left = lineage_at(0).at(InProgress(plan=first, done_steps=4, loss_sum=4.0, last_loss=1.0))
+    before, progress = left.begun(second, NOW)
+    assert [(r.job, r.outcome, r.done_steps, r.planned_steps) for r in before.files] == [(1, "ended early", 4, 10)]
+    assert before.global_step == progress.global_step == 4
+    assert not before.has_trained(1, first.sha256)
+
+
+def test_a_job_closed_before_its_first_step_has_no_mean_loss() -> None:
+    left = lineage_at(0).at(InProgress(plan=plan_of(80), done_steps=0, loss_sum=0.0, last_loss=None))
+    before, _ = left.begun(plan_of(80, job=2), NOW)
+    assert before.files[0].mean_loss is None
+
+
+def test_a_trained_job_is_known_by_number_and_content() -> None:
+    progress = InProgress(plan=plan_of(80), done_steps=10, loss_sum=1.0, last_loss=1.0)
+    lineage = lineage_at(0).ended(progress, outcome="trained", finished_at=NOW, eval_loss=None)
+    assert lineage.has_trained(1, "a" * 64)
+    assert not lineage.has_trained(1, "b" * 64)
+    assert not lineage.has_trained(2, "a" * 64)
+
+
+def test_the_plan_in_progress_is_known_by_number_and_content() -> None:
+    lineage = lineage_at(0).at(InProgress(plan=plan_of(80), done_steps=1, loss_sum=1.0, last_loss=1.0))
+    assert lineage.plan_in_progress(1, "a" * 64) is lineage.in_progress
+    assert lineage.plan_in_progress(1, "b" * 64) is None
+    assert lineage.plan_in_progress(2, "a" * 64) is None
