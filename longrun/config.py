@@ -75,6 +75,7 @@ class InboxSettings:
 
 @dataclass(frozen=True)
 class WorkerSettings:
+    processes: int = _setting(1, least=1)  # that share a step, each with a GPU of its own
     idle_release_minutes: float = _setting(30.0, least=0)
     start_timeout_s: float = _setting(600.0, least=1)  # until the model is loaded
     step_timeout_s: float = _setting(600.0, least=1)  # without any progress
@@ -294,11 +295,15 @@ def _range_words(least: float | None, most: float | None) -> str:
 
 
 def _check_together(settings: Settings) -> None:
-    train = settings.train
-    at_once = train.per_device_train_batch_size
-    if at_once and train.batch_size % at_once:
+    """Every process must train the same number of rows of every step, and a device the same number at once."""
+    batch, at_once = settings.train.batch_size, settings.train.per_device_train_batch_size or 1
+    processes = settings.worker.processes
+    if batch % (at_once * processes):
+        by = f"train.per_device_train_batch_size = {at_once}" if at_once > 1 else ""
+        by += " x " if by and processes > 1 else ""
+        by += f"worker.processes = {processes}" if processes > 1 else ""
         raise BadConfig(
-            f"train.batch_size = {train.batch_size} is not a multiple of train.per_device_train_batch_size = {at_once}",
+            f"train.batch_size = {batch} is not a multiple of {by}",
             hint="every step must train exactly batch_size rows; choose a divisor",
         )
 

@@ -31,13 +31,9 @@ class Ledger:
     @classmethod
     def open(cls, path: Path) -> Self:
         """The ledger at `path`, made if missing; a file that is no database is refused, never overwritten."""
-        connection = sqlite3.connect(path, isolation_level=None)
         try:
-            connection.execute("pragma journal_mode = wal")
-            connection.execute("pragma synchronous = full")
-            connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
+            return cls(_connect(path))
         except sqlite3.DatabaseError as error:
-            connection.close()
             damaged = not isinstance(error, sqlite3.OperationalError)  # else: no room, no right, locked
             raise BadConfig(
                 f"cannot open the ledger {path}: {error}",
@@ -45,7 +41,6 @@ class Ledger:
                 if damaged
                 else f"see to it that {path.parent} can be written and has room",
             ) from None
-        return cls(connection)
 
     def close(self) -> None:
         self._db.close()
@@ -121,6 +116,18 @@ class Ledger:
 
     def _number(self, query: str, *values: object) -> int:
         return int(self._db.execute(query, values).fetchone()[0])
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("pragma synchronous = full")
+        connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection
 
 
 def _to_row(job: Job) -> tuple[object, ...]:

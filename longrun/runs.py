@@ -75,13 +75,17 @@ class Runs:
 
     # -- starting
 
-    def warm_up(self, now: float) -> None:
-        """Start the worker's imports while the first file is still being prepared."""
-        options = self._options()
+    def warm_up(self, now: float, batch_size: int | None = None) -> None:
+        """Start the worker's imports while the first file is still being prepared.
+
+        A job that was begun keeps its batch size, whatever the settings say by now.
+        """
+        settings = self._context.settings
+        options = self._options(batch_size or settings.train.batch_size)
         if self.worker.running and self.worker.options != options and self.current is None:
             self.worker.kill()
         if not self.worker.running:
-            self.worker.start(options, now)
+            self.worker.start(options, now, processes=settings.worker.processes)
 
     def start(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any], now: float) -> None:
         """Plan the job on top of `newest`, say the plan, and give it to the worker."""
@@ -97,7 +101,7 @@ class Runs:
         job = self._context.ledger.move(job, JobState.RUNNING)
         if self.worker.used and newest is None:
             self.worker.kill()  # what it holds has been trained; a new model begins from the base
-        self.warm_up(now)
+        self.warm_up(now, plan.recipe.batch_size)
         self.current = Run(
             job=job,
             plan=plan,
@@ -155,12 +159,12 @@ class Runs:
             left = plan.planned_steps - done
             say("resuming", f"{job.name}: {done} steps are done already, {left} are left", job=job.number)
 
-    def _options(self) -> tuple[str, ...]:
+    def _options(self, batch_size: int) -> tuple[str, ...]:
         """What a worker is started with and cannot change later."""
         settings = self._context.settings
         fixed = {
-            "per_device": self.per_device(),
-            "batch_size": settings.train.batch_size,
+            "per_device": self.per_device(batch_size),
+            "batch_size": batch_size,
             "dtype": settings.model.dtype,
             "attn_implementation": settings.model.attn_implementation,
             "trust_remote_code": settings.model.trust_remote_code,
@@ -172,27 +176,27 @@ class Runs:
 
     # -- out of memory
 
-    def per_device(self) -> int:
-        """Rows at once on a device: as set, or fewer since that was seen not to fit."""
-        train = self._context.settings.train
-        wanted = train.per_device_train_batch_size or train.batch_size
+    def per_device(self, batch_size: int) -> int:
+        """Rows at once on a device: as set, or fewer since that was seen not to fit; devices share a step evenly."""
+        settings = self._context.settings
+        wanted = settings.train.per_device_train_batch_size or batch_size
         learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
-        return min(wanted, int(learnt.get(self._situation(), wanted)))
+        limit = min(wanted, int(learnt.get(self._situation(batch_size), wanted)))
+        return _even_share(batch_size, settings.worker.processes, limit)
 
-    def _situation(self) -> str:
-        train = self._context.settings.train
-        return f"{train.batch_size} x {train.max_length} tokens, {self._context.settings.model.base_model}"
+    def _situation(self, batch_size: int) -> str:
+        settings = self._context.settings
+        return f"{batch_size} x {settings.train.max_length} tokens, {settings.model.base_model}"
 
-    def _make_smaller(self, attempts: int) -> None:
+    def _make_smaller(self, batch_size: int, attempts: int) -> None:
         """Half as many rows at once, and one before the last attempt; each step still trains batch_size rows."""
-        batch = self._context.settings.train.batch_size
         last = attempts + 1 >= self._context.settings.worker.max_attempts
-        limit = 1 if last else max(1, self.per_device() // 2)
-        fitting = max(rows for rows in range(1, limit + 1) if batch % rows == 0)
-        self._context.ledger.set_fact(FITTING, json.dumps({self._situation(): fitting}))
+        limit = 1 if last else max(1, self.per_device(batch_size) // 2)
+        fitting = _even_share(batch_size, self._context.settings.worker.processes, limit)
+        self._context.ledger.set_fact(FITTING, json.dumps({self._situation(batch_size): fitting}))
         self._context.say(
             "smaller batches",
-            f"from now on {fitting} rows at once on a device; a step still trains {batch} rows",
+            f"from now on {fitting} rows at once on a device; a step still trains {batch_size} rows",
             level="warning",
         )
 
@@ -459,7 +463,7 @@ class Runs:
             self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
             return
         if kind == "out of memory":
-            self._make_smaller(attempts)
+            self._make_smaller(run.plan.recipe.batch_size, attempts)
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
         self._context.say(
             "retry",
@@ -483,3 +487,14 @@ class Runs:
         if self.worker.ready and now - max(self._idle_since, self.worker.heard_at) > limit_s:
             self.worker.kill()
             self._context.say("released", "the worker was idle; its memory is released")
+
+
+def _even_share(batch_size: int, processes: int, limit: int) -> int:
+    """The most rows at once, at most `limit`, with which every process trains the same number of a step's rows."""
+    shares = [rows for rows in range(1, limit + 1) if batch_size % (rows * processes) == 0]
+    if not shares:
+        raise BadModel(
+            f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
+            hint="set worker.processes to a divisor until that file is trained",
+        )
+    return shares[-1]

@@ -255,8 +255,12 @@ def listen(path: Path) -> socket.socket:
 
 def connect(path: Path) -> Channel:
     connection = socket.socket(socket.AF_UNIX)
-    with _short(path) as address:
-        connection.connect(address)
+    try:
+        with _short(path) as address:
+            connection.connect(address)
+    except OSError:
+        connection.close()
+        raise
     return Channel(connection)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
+# accelerate reads the variables that torch's own launcher sets; its own starts one process only where there is no GPU.
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
 LOG_LIMIT_BYTES = 4 << 20
 
 
@@ -45,13 +47,14 @@ class Child:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def start(self, options: tuple[str, ...], now: float) -> None:
-        """Start the process; `ready` turns true when it has said hello."""
+    def start(self, options: tuple[str, ...], now: float, *, processes: int = 1) -> None:
+        """Start the process, or several that share the work; `ready` turns true when it has said hello."""
         socket_path = self._home.state / f"{self.role}.sock"
         self._listener = wire.listen(socket_path)
         self._listener.setblocking(False)
         command = [
             sys.executable,
+            *([*LAUNCHER, f"--nproc-per-node={processes}"] if processes > 1 else []),
             str(PROGRAM),
             f"--{self.role}",
             str(socket_path),

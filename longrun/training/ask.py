@@ -13,7 +13,7 @@ NEW_TOKENS = 80
 def ask(folder: str, question: str) -> str:
     """The model's answer, decoded greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
     options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     prompt: Any = tokenizer.apply_chat_template(messages, **options)

@@ -108,6 +108,8 @@ class Runner:
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
             trainer.conductor, trainer.resumes = session, digest
+            shares = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * self.world.size
+            assert shares == session.recipe.batch_size, "a step must train exactly the rows of its slice"
             trainer.train_dataset = session.rows
             trainer.args.max_steps = session.plan.target_step
             trainer.args.max_grad_norm = session.recipe.max_grad_norm

@@ -41,7 +41,13 @@ def shell(checkout: Path, command: str) -> str:
         "LONGRUN_INBOX_SETTLE_S": "0.3",
     }
     done = subprocess.run(
-        ["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        ["bash", "-c", command],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
     said = done.stdout + done.stderr
     assert done.returncode in (0, 3 if "status" in command else 0), f"$ {command}\n{said}"

@@ -50,7 +50,9 @@ def texts(trainer, inputs) -> list[str]:
 def record(function):
     @functools.wraps(function)
     def recorded(trainer, model, inputs, *rest, **options):
-        line = {"pid": os.getpid(), "global_step": trainer.state.global_step, "texts": texts(trainer, inputs)}
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))  # one for all processes of a worker
+        step = trainer.state.global_step
+        line = {"pid": os.getpid(), "launch": launch, "global_step": step, "texts": texts(trainer, inputs)}
         with (Path(os.environ["LONGRUN_PROBE"]) / "batches.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         return function(trainer, model, inputs, *rest, **options)

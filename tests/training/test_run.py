@@ -58,7 +58,9 @@ def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop
     options = {"recipe": replace(RECIPE, epochs=epochs), "per_device": per_device}
     unbroken = train_all(make_workshop("unbroken", **options))
     check_rows(unbroken)
-    broken = train_all(make_workshop("broken", **options), cuts=[1, 6, 9, 13, 15, 20])  # between, at, and right after checkpoints
+    broken = train_all(
+        make_workshop("broken", **options), cuts=[1, 6, 9, 13, 15, 20]
+    )  # between, at, and right after checkpoints
     check_rows(broken)
     assert broken.received == unbroken.received
     assert broken.state() == unbroken.state()

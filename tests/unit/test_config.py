@@ -194,9 +194,7 @@ def test_a_base_model_folder_is_found_from_here_and_from_the_home(
     assert load("[model]\nbase_model = 'org/hub-name'").model.base_model == "org/hub-name"
 
 
-def test_a_folder_named_tiny_is_not_taken_for_the_built_in_model(
-    load: Callable[..., Settings], tmp_path: Path
-) -> None:
+def test_a_folder_named_tiny_is_not_taken_for_the_built_in_model(load: Callable[..., Settings], tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     assert load().model.base_model == "tiny"
 

@@ -46,7 +46,10 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
 ) -> None:
     (tmp_path / "x").write_bytes(b"old")
     monkeypatch.setattr(os, call, failing(errno.ENOSPC))
-    for write in (lambda: disk.write_file(tmp_path / "x", b"new"), lambda: disk.copy_file(tmp_path / "x", tmp_path / "x")):
+    for write in (
+        lambda: disk.write_file(tmp_path / "x", b"new"),
+        lambda: disk.copy_file(tmp_path / "x", tmp_path / "x"),
+    ):
         with pytest.raises(OSError, match="No space left"):
             write()
     assert (tmp_path / "x").read_bytes() == b"old"
@@ -310,7 +313,13 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-S", "-c", "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', sys.argv[1]])", child],
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', sys.argv[1]])",
+            child,
+        ],
         cwd=REPOSITORY,
     )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

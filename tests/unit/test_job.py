@@ -8,7 +8,7 @@ from longrun.job import FINAL, TRANSITIONS, WAITING, JobState, check_move
 from tests.unit.builders import job
 
 
-@pytest.mark.parametrize(("state", "target"), itertools.product(JobState, JobState))
+@pytest.mark.parametrize(("state", "target"), list(itertools.product(JobState, JobState)))
 def test_every_move_is_in_the_table_or_a_mistake(state: JobState, target: JobState) -> None:
     if (state, target) in TRANSITIONS:
         assert check_move(job(state=state), target) == TRANSITIONS[state, target]

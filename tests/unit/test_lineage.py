@@ -14,9 +14,8 @@ from tests.unit.builders import lineage_at, plan_of
 NOW = "2026-01-01T00:00:00+00:00"
 names = st.text(st.characters(codec=None), max_size=20)  # surrogates too: names that are no UTF-8
 losses = st.none() | st.floats(allow_nan=False)
-counts = st.integers(0, 10**12)
 rates = st.floats(allow_nan=False)
-recipes = st.builds(Recipe, **{name: rates for name in ("learning_rate", "weight_decay", "adam_beta1")}, seed=counts)
+recipes = st.builds(Recipe, **{name: rates for name in ("learning_rate", "weight_decay", "adam_beta1")}, batch_size=st.integers(1, 99))
 plans = st.builds(Plan, name=names, recipe=recipes)
 records = st.builds(FileRecord, name=names, final_loss=losses, mean_loss=losses, eval_loss=losses)
 progresses = st.builds(InProgress, plan=plans, loss_sum=rates, last_loss=losses)

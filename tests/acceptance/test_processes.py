@@ -1,0 +1,37 @@
+"""Several processes share each step; the batch, the plan and the rows stay what they are."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, dropout_model):
+    lab = make_lab(base_model=dropout_model, **{"train.batch_size": 8, "train.save_steps": 3, "worker.processes": 2})
+    lab.drop("a.jsonl", 37)
+    lab.drop("b.jsonl", 63)
+    daemon = lab.start()
+    lab.wait_until(lambda: lab.global_step >= 6)
+    lab.kill(daemon)
+    lab.configure(**{"train.batch_size": 8, "model.base_model": str(dropout_model), "worker.processes": 1,
+                     "train.per_device_train_batch_size": 4, "inbox.settle_s": 0.3})  # fmt: skip
+    assert lab.drain() == 0
+    assert lab.global_step == 5 + 8  # ceil(37 / 8), ceil(63 / 8)
+    assert lab.names("trained") == {"a.jsonl", "b.jsonl"}
+    rows = rows_by_step(lab)
+    assert [len(rows[step]) for step in sorted(rows)] == [8, 8, 8, 8, 5, 8, 8, 8, 8, 8, 8, 8, 7]
+    for name, base, target, count in (("a", 0, 5, 37), ("b", 5, 13, 63)):
+        texts = [text for step in range(base, target) for text in rows[step]]
+        seen = sorted(row for row in range(1, count + 1) for text in texts if f"Say {name}-{row:04d}." in text)
+        assert seen == list(range(1, count + 1))
+
+
+def rows_by_step(lab):
+    """What both processes received, put together; of a step done again, the launch that did it last counts."""
+    received: dict[int, dict[int, list[str]]] = {}
+    for line in (lab.probe / "batches.jsonl").read_text().splitlines():
+        batch = json.loads(line)
+        received.setdefault(batch["global_step"], {}).setdefault(batch["launch"], [])
+        received[batch["global_step"]][batch["launch"]] += batch["texts"]
+    steps = {step: launches[list(launches)[-1]] for step, launches in received.items() if step < lab.global_step}
+    # A row that only fills a step up is one padding token, in which nothing is trained.
+    return {step: [text for text in texts if "Say" in text] for step, texts in steps.items()}
