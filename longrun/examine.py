@@ -162,6 +162,7 @@ class RowReader:
             raise found
         try:
             row_format = self._same_format(line, found)
+            _refuse_media(found)
             row = _READERS[row_format](found)
         except BadFile as problem:
             raise located(problem, line, byte) from None
@@ -210,6 +211,14 @@ def _detect(found: dict[str, Any]) -> RowFormat:
     columns = ", ".join(sorted(found)) or "none"
     why = f"no known row format has these columns: {columns}"[: 3 * EXTRACT_CHARACTERS]
     raise BadFile(why, kind="format", extract=_shown(found), hint=_SHAPES)
+
+
+def _refuse_media(found: dict[str, Any]) -> None:
+    """A row with pictures or sound beside its text: trained without them it would teach to answer unseen."""
+    for column, value in found.items():
+        if value and any(column.lower().rstrip("s") == medium for medium in ("image", "video", "audio")):
+            hint = "Vision and audio rows are not supported: leave them out"
+            raise _bad(column, "holds more than text; only text can be trained", value, hint, kind="multimodal")
 
 
 # One reader a format
@@ -281,6 +290,9 @@ def _message(found: Any, field: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in _ROLES:
         raise _bad(f"{field}.role", "is not a known role", role, f"Use one of {', '.join(_ROLES)}")
+    if message.get("weight", 1) != 1:
+        hint = "Leave the row out, or end it before this turn"
+        raise _bad(f"{field}.weight", "is not 1, and turns cannot be weighted", message["weight"], hint)
     calls = message.get("tool_calls")
     content = message.get("content")
     if isinstance(content, str) and not calls:

@@ -310,3 +310,28 @@ def test_any_valid_chat_rows_come_back_as_they_were_written(
     written = [[*before, {"role": "assistant", "content": answer}] for before, answer in rows]
     write(path, *({"messages": messages} for messages in written))
     assert rows_of(path) == [ChatRow(messages=messages) for messages in written]
+
+
+CHAT_TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "kind"),
+    [
+        ({"messages": CHAT_TURNS, "images": ["cat.png"]}, "images", "multimodal"),
+        ({"text": "a sound", "audio": {"path": "a.wav"}}, "audio", "multimodal"),
+        ({"messages": [CHAT_TURNS[0], {**CHAT_TURNS[1], "weight": 0}]}, "messages[1].weight", "content"),
+    ],
+)
+def test_what_would_be_trained_wrongly_without_a_word_is_refused(tmp_path, row, field, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadFile) as caught:
+        examine(path)
+    assert (caught.value.field, caught.value.kind) == (field, kind)
+
+
+def test_an_empty_images_column_is_only_noted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": CHAT_TURNS, "images": []}) + "\n")
+    assert examine(path).notes == ("columns not used: images",)
