@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, config, disk
+from longrun import checkpoint, config, disk, requests
 from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked
 from longrun.journal import Journal
@@ -30,6 +30,8 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     check_home(home)
     home.make()
     with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
+        for void in (requests.STOP, requests.SKIP):  # they were for the daemon before
+            requests.clear(home, void)
         check_one_file_system(home)
         wait_for_former_worker(home)
         ledger = Ledger.open(home.ledger)

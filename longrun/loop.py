@@ -73,8 +73,6 @@ class Daemon:
     def _start(self) -> None:
         context = self._context
         context.say("start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root))
-        requests.clear(context.home, requests.STOP)
-        requests.clear(context.home, requests.SKIP)
         self._recover()
         if self._by_hand is not None:
             context.only = self._admit_by_hand(self._by_hand)

@@ -57,7 +57,8 @@ class Preparation:
         else:
             limits = self._context.settings.worker  # any task may begin with imports and a tokenizer to load
             limit_s = max(limits.start_timeout_s, limits.step_timeout_s)
-            if self._busy_with and self.preparer.silent_s(now) > limit_s:
+            waited_for = self._busy_with is not None or not self.preparer.ready
+            if waited_for and self.preparer.silent_s(now) > limit_s:
                 self.preparer.kill()
                 self._died(f"no progress for {limit_s:g} s")
 

@@ -210,7 +210,7 @@ class Runs:
         run.stopping = why
         if run.started:
             self.worker.send(wire.Stop(why=why), now)
-        else:  # nothing was trained yet, so there is nothing to save
+        elif why != "skip" or run.saved_step == run.plan.base_step:  # nothing new to save, no rows to name
             self.worker.kill()
             self._over(run)
             self._end_stopped(run, why, [])
@@ -323,6 +323,8 @@ class Runs:
 
     def _saved(self, run: Run, message: wire.Saved) -> None:
         run.saved_step = run.global_step = message.global_step
+        run.waiting = None
+        self._context.solved("disk")
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -395,13 +397,10 @@ class Runs:
     def _end_stopped(self, run: Run, why: str, rows_trained: list[int]) -> None:
         done = run.plan.done_steps(run.global_step)
         if why == "skip":
-            reason = {
-                "kind": "skipped",
-                "why": f"skipped by the operator after {done} of {run.plan.planned_steps} steps;"
-                f" {len(rows_trained)} of {run.plan.rows} rows were trained",
-                "rows_trained": rows_trained,
-            }
-            self._context.reject(run.job, reason)
+            trained = f"; {len(rows_trained)} of {run.plan.rows} rows were trained"
+            self._end_skipped(
+                run, f"after {done} of {run.plan.planned_steps} steps{trained}", rows_trained=rows_trained
+            )
             return
         self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.say(
@@ -410,6 +409,9 @@ class Runs:
             " the rest is trained when training goes on",
             job=run.job.number,
         )
+
+    def _end_skipped(self, run: Run, how_far: str, **facts: Any) -> None:
+        self._context.reject(run.job, {"kind": "skipped", "why": f"skipped by the operator {how_far}", **facts})
 
     def _failed(self, run: Run, failure: wire.Failed) -> None:
         if self._lost_model(run):
@@ -441,11 +443,20 @@ class Runs:
             if self._lost_model(run):
                 return
             self._over(run)
-            if run.stopping and run.stopping != "skip":
-                self._context.ledger.move(run.job, JobState.QUEUED)
-                return
+        if run is None or not run.sent:
+            self._died_at_start(run, how)
+        elif run.stopping == "skip":
+            saved = run.plan.done_steps(run.saved_step)
+            self._end_skipped(run, f"while the worker died ({how}); the model has its first {saved} steps", steps=saved)
+        elif run.stopping:
+            self._context.ledger.move(run.job, JobState.QUEUED)
+        else:
             self._retry(run, f"the worker died ({how})" if kind == "crash" else how, kind)
-            return
+
+    def _died_at_start(self, run: Run | None, how: str) -> None:
+        """Before it was given any work: no file is at fault, so none pays for it with an attempt."""
+        if run is not None:
+            self._context.ledger.move(run.job, JobState.QUEUED)
         self._deaths += 1
         if self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0

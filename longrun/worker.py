@@ -124,9 +124,11 @@ class Child:
 
     def _channel_gone(self) -> bool:
         try:
-            return self._channel is not None and not self._channel.receive(0)
+            if self._channel is not None:
+                self._channel.receive(0)
         except wire.Closed:
             return True
+        return False
 
     def _wait(self, timeout_s: float) -> bool:
         assert self._process is not None

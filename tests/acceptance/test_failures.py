@@ -14,6 +14,7 @@ STEP = "transformers.trainer:Trainer.training_step"
 ROWS = 24  # three steps of eight
 
 FAULTS = [
+    *({"at": "longrun.wire:connect", "role": "worker", "do": "kill", "once": f"start-{n}"} for n in range(4)),
     {"at": STEP, "role": "worker", "row": "Say crashing-0012.", "do": "kill", "nth": 0},
     {"at": STEP, "role": "worker", "row": "Say diverging-0012.", "do": "nan", "nth": 0},
     {"at": STEP, "role": "worker", "row": "Say large-", "do": "oom", "nth": 0, "rows_over": 2},
@@ -46,7 +47,7 @@ def test_bad_files_are_rejected_and_all_others_train_each_row_once(story):
     assert story.exit_code == 1
     trained = ["first", "unlucky", "large", "last"]
     assert story.names("trained") == {f"{name}.jsonl" for name in trained}
-    assert {name: story.times_trained(name, ROWS) for name in trained} == dict.fromkeys(trained, {1: ROWS})
+    assert {name: story.times_trained(name, ROWS) for name in trained} == {name: {1: ROWS} for name in trained}
     rejected = {f"{name}.jsonl" for name in ("crashing", "diverging", "unreadable")}
     assert story.names("rejected") == rejected | {f"{name}.reason.json" for name in rejected}
     assert story.names("inbox") == story.names("state/jobs") == set()
@@ -97,12 +98,19 @@ def test_the_sentence_before_each_file_stays_true_among_failures(story):
     assert story.global_step == sum(file["done_steps"] for file in story.lineage["files"])
 
 
+def test_a_worker_that_cannot_start_costs_no_file_an_attempt(story):
+    problems = [event["message"] for event in story.events if event["event"] == "problem"]
+    assert len(problems) == 1
+    assert "the worker cannot start (SIGKILL" in problems[0]
+    assert retries(story, "first") == []
+
+
 def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab):
     settings = {"worker.step_timeout_s": 3, "worker.start_timeout_s": 60, "worker.max_attempts": 2}
     lab = make_lab(**settings)
     lab.drop("hanging.jsonl", ROWS)
     lab.drop("next.jsonl", ROWS)
-    assert lab.drain(faults=FAULTS) == 1
+    assert lab.drain(faults=FAULTS[4:]) == 1
     assert reason(lab, "hanging")["kind"] == "hang"
     assert "no progress for 3 s; given up after 2 attempts" in reason(lab, "hanging")["why"]
     assert lab.times_trained("next", ROWS) == {1: ROWS}

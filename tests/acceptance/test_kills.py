@@ -29,7 +29,8 @@ KILLS = {
     "sealing": {"at": "longrun.checkpoint:seal", "role": "worker", "about": "global_step=39"},
     "sealed": {"at": "longrun.checkpoint:seal", "role": "worker", "about": "global_step=42", "when": "after"},
     "sealed, both": {
-        "at": "longrun.checkpoint:seal", "role": "worker", "about": "global_step=45", "when": "after", "do": "kill both",
+        "at": "longrun.checkpoint:seal", "role": "worker", "about": "global_step=45",
+        "when": "after", "do": "kill both",
     },
     "committing": {"at": "longrun.disk:rename_into", "role": "worker", "about": "checkpoint-48"},
     "publishing, both": {
@@ -38,11 +39,11 @@ KILLS = {
     "publishing": {"at": "longrun.checkpoint:_same", "role": "worker", "about": "checkpoint-54/trainer_state.json"},
     "retiring": {"at": "longrun.checkpoint:retire", "role": "worker", "nth": 2},
     "committed, not booked": {"at": "longrun.context:Context.finish", "role": "daemon", "about": "c.jsonl"},
-    "booked, not archived": {"at": "longrun.archive:put_away", "role": "daemon", "about": "d.jsonl"},
+    "booked, not archived": {"at": "longrun.archive:put_away", "role": "daemon", "about": "e.jsonl"},
     "archived, not told": {
-        "at": "longrun.archive:put_away", "role": "daemon", "about": "d.jsonl", "when": "after",
+        "at": "longrun.archive:put_away", "role": "daemon", "about": "e.jsonl", "when": "after",
     },
-    "last file archived": {"at": "longrun.disk:rename", "role": "daemon", "about": "trained/e.jsonl"},
+    "being archived": {"at": "longrun.disk:rename", "role": "daemon", "about": "trained/d.jsonl"},
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ ROWS = 24  # three steps of eight; a commit in the middle, another at the end
 # Each file finds a model at global step 3 and loses it at this moment.
 MOMENTS = {
     "training": {"at": STEP, "role": "worker", "row": "Say training-0012."},
-    "sealing": {"at": "longrun.checkpoint:seal", "role": "worker", "about": "global_step=4"},
     "committing": {"at": "longrun.disk:rename_into", "role": "worker", "about": "checkpoint-4"},
     "committed": {"at": "longrun.disk:rename_into", "role": "worker", "about": "checkpoint-6", "when": "after"},
     "publishing": {"at": "longrun.checkpoint:_place", "role": "worker", "about": "checkpoint-6/model.safetensors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -40,11 +41,8 @@ class Operated(Lab):
         return json.loads(path.read_text()) if path.exists() else {"state": "", "pid": None, "current": None}
 
     def wait_for_steps(self, name, steps):
-        """Until that many steps of the file are done in the run that is under way."""
-        started = len([e for e in self.events if e["event"] == "started"])
-        return self.wait_until(
-            lambda: (c := self.note["current"]) and c["file"] == name and c["done_steps"] >= steps and started + 1
-        )
+        """Until that many steps of the file are done."""
+        self.wait_until(lambda: (c := self.note["current"]) and c["file"] == name and c["done_steps"] >= steps)
 
     def wait_trained(self, name):
         self.wait_until(lambda: name in self.names("trained"))
@@ -115,9 +113,11 @@ def test_status_answers_while_a_file_trains_and_while_the_daemon_hangs(lab):
     finally:
         daemon.send_signal(signal.SIGCONT)
     assert answer.returncode == 0
-    assert {key: told[key] for key in ("state", "pid", "queue", "rejected", "problems")} == {
-        "state": "training", "pid": daemon.pid, "queue": ["waiting.jsonl"], "rejected": 0, "problems": [],
+    assert {key: told[key] for key in ("state", "pid", "queue", "problems")} == {
+        "state": "training", "pid": daemon.pid, "queue": ["waiting.jsonl"], "problems": [],
     }  # fmt: skip
+    assert told["trained"] == len(lab.names("trained"))
+    assert told["rejected"] == len([name for name in lab.names("rejected") if name.endswith(".reason.json")])
     current = told["current"]
     assert (current["file"], current["base_step"], current["planned_steps"], current["target_step"]) == (
         "slow-seen.jsonl", base, 40, base + 40,
@@ -162,10 +162,27 @@ def test_skip_ends_the_running_file_only_and_retry_trains_it_from_its_first_row(
 
     assert lab.command("retry", "slow-skipped.jsonl").returncode == 0
     lab.wait_trained("slow-skipped.jsonl")
-    assert lab.names("rejected") == set()
+    assert "slow-skipped.jsonl" not in lab.names("rejected")
     done = len(reason["rows_trained"])
     assert lab.times_trained("slow-skipped", 160) == {1: 160 - done, 2: done}
     assert lab.command("retry", "never-there.jsonl").returncode == 1
+
+
+def test_a_skip_while_the_worker_starts_again_still_names_the_rows_in_the_model(lab):
+    lab.ensure_running()
+    lab.drop("slow-again.jsonl", 160)
+    lab.wait_for_steps("slow-again.jsonl", 6)  # beyond a checkpoint
+    os.kill(lab.note["worker_pid"], signal.SIGKILL)
+    lab.wait_until(lambda: [e for e in lab.events if e["event"] == "retry" and "slow-again" in e["message"]])
+    lab.wait_until(lambda: (c := lab.note["current"]) and c["loss"] is None and c["done_steps"] >= 5)
+    assert lab.command("skip").returncode == 0
+    lab.wait_until(lambda: "slow-again.jsonl" in lab.names("rejected"))
+    lab.drop("and-on.jsonl", 160)
+    lab.wait_trained("and-on.jsonl")
+    reason = json.loads((lab.home / "rejected" / "slow-again.jsonl.reason.json").read_text())
+    assert len(reason["rows_trained"]) >= 40
+    assert reason["rows_trained"] == lab.rows_received("slow-again")
+    assert lab.times_trained("and-on", 160) == {1: 160}
 
 
 def test_put_check_and_logs_do_as_they_say(lab, tmp_path):
@@ -212,7 +229,7 @@ def test_a_full_disk_pauses_training_which_goes_on_by_itself(lab):
     lab.wait_until(lambda: lab.note["state"] == "idle")
     assert lab.note["problems"] == []
     assert lab.times_trained("slow-full", 120) == {1: 120}
-    assert lab.names("rejected") == set()
+    assert lab.names("rejected").isdisjoint({"kept-waiting.jsonl", "slow-full.jsonl"})
 
 
 def test_an_edited_setting_holds_from_the_next_file_on_and_a_broken_one_never(lab):
@@ -227,7 +244,7 @@ def test_an_edited_setting_holds_from_the_next_file_on_and_a_broken_one_never(la
     settings.write_text(before.replace("learning_rate = 0.001", "learning_rat = 0.1"))
     lab.drop("broken.jsonl", 24)
     lab.wait_trained("broken.jsonl")
-    assert any("did you mean learning_rate?" in problem for problem in lab.status["problems"])
+    lab.wait_until(lambda: any("did you mean learning_rate?" in problem for problem in lab.note["problems"]))
     settings.write_text(before)
     lab.drop("mended.jsonl", 24)
     lab.wait_trained("mended.jsonl")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +11,6 @@ from longrun.home import Home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -17,6 +18,25 @@ def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
     home.make()
     return home
+
+
+@pytest.fixture
+def disk_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes durable and what gets another name, in order: "sync NAME" and "rename NAME"."""
+    log: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged_fsync(descriptor: int) -> None:
+        log.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def logged_rename(source: Path, target: Path | str, **options: int) -> None:
+        log.append(f"rename {Path(target).name}")
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    return log
 
 
 @pytest.fixture(scope="session", autouse=True)

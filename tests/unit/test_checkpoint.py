@@ -12,17 +12,17 @@ import pytest
 from longrun import checkpoint, disk
 from longrun.checkpoint import Damaged, OpenModel, Verifier
 from longrun.errors import BadModel, ModelRemoved
-from tests.unit.builders import add_checkpoint, content_of, lineage_at, stage
+from tests.unit.builders import FILES, add_checkpoint, content_of, lineage_at, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from longrun.home import Home
 
-KEPT = sorted(
-    ["config.json", "lineage.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
-    + ["tokenizer.json", "trainer_state.json"]
-)
+KEPT = [
+    *("config.json", "lineage.json", "model.safetensors", "optimizer.pt"),
+    *("rng_state.pth", "scheduler.pt", "tokenizer.json", "trainer_state.json"),
+]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_file_too_many_is_damage(sealed: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"{}", b"\xff", b"[" * 100_000])
 def test_a_manifest_that_is_none_is_damage(sealed: Path, content: bytes) -> None:
     (sealed / "manifest.json").write_bytes(content)
-    with pytest.raises(Damaged, match="manifest.json cannot be read"):
+    with pytest.raises(Damaged, match=r"manifest.json cannot be read"):
         Verifier().verify(sealed)
 
 
@@ -138,13 +138,13 @@ def test_a_manifest_without_a_part_is_damage(sealed: Path, missing: str) -> None
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(sealed: Path) -> None:
     (sealed / "manifest.json").unlink()
-    with pytest.raises(Damaged, match="it has no manifest.json"):
+    with pytest.raises(Damaged, match=r"it has no manifest.json"):
         Verifier().verify(sealed)
 
 
 def test_what_is_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").write_bytes(b"")
-    with pytest.raises(Damaged, match="manifest.json"):
+    with pytest.raises(Damaged, match=r"manifest.json"):
         Verifier().verify(tmp_path / "checkpoint-5")
 
 
@@ -235,7 +235,7 @@ def test_a_model_without_a_good_checkpoint_is_not_silently_begun_anew(home: Home
 def test_a_folder_that_is_not_ours_is_not_overwritten(home: Home) -> None:
     home.model.mkdir()
     (home.model / "config.json").write_text("{}")
-    with pytest.raises(BadModel, match="it is not empty, but it has no lineage.json and no checkpoint"):
+    with pytest.raises(BadModel, match=r"it is not empty, but it has no lineage.json and no checkpoint"):
         newest(home)
 
 
@@ -361,8 +361,12 @@ def test_a_model_that_appears_at_the_last_moment_is_not_replaced(home: Home, mon
 
 
 def test_another_fault_of_the_first_rename_is_raised_as_it_is(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = disk.rename
+
     def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, "full")
+        if target == home.model:
+            raise OSError(errno.ENOSPC, "full")
+        real(source, target)
 
     monkeypatch.setattr(disk, "rename", full)
     with OpenModel(home, None) as model, pytest.raises(OSError, match="full"):
@@ -518,12 +522,30 @@ def watch_renames(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return moves
 
 
-def test_trainer_state_is_published_last(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_checkpoint(home, 5)
-    moves = watch_renames(monkeypatch)
+def test_trainer_state_is_published_last(home: Home, disk_log: list[str]) -> None:
+    with OpenModel(home, None) as model:
+        model.commit(stage(home, 5, vocab__json=b"5"), lineage_at(5), keep=2)
+        disk_log.clear()
+        model.commit(stage(home, 6, vocab__json=b"6"), lineage_at(6), keep=2)
+    renamed = [line.removeprefix("rename ") for line in disk_log if line.startswith("rename ")]
+    published = [name for name in renamed[renamed.index("checkpoint-6") + 1 :] if not name.startswith("published-")]
+    changed = ["lineage.json", "model.safetensors", "vocab.json", "trainer_state.json"]  # config.json is the same
+    assert [name for name in published if name in FILES or name in changed] == changed
+    assert disk_log[disk_log.index("rename trainer_state.json") + 1] == "sync current_model"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_byte_is_durable_before_the_checkpoint_has_its_name(home: Home, disk_log: list[str], first: bool) -> None:
+    if not first:
+        add_checkpoint(home, 5)
+    disk_log.clear()
     add_checkpoint(home, 6)
-    published = [target.name for target in moves if target.parent == home.model]
-    assert published == ["lineage.json", "model.safetensors", "trainer_state.json"]  # what did not change stays
+    before = disk_log[: disk_log.index("rename current_model" if first else "rename checkpoint-6")]
+    assert {f"sync {name}" for name in (*KEPT, "manifest.json", "checkpoint-6")} <= set(before)
+    if first:  # the published copies and the folder that becomes the model
+        assert before[-1] == "sync model"
+        assert before.count("sync config.json") >= 2
+    assert "sync current_model" in disk_log[len(before) :] or first
 
 
 def test_published_weights_are_replaced_and_never_rewritten(home: Home) -> None:

@@ -133,7 +133,7 @@ def test_an_unknown_setting_is_told_the_nearest_name(load: Callable[..., Setting
         load("[train]\nlerning_rate = 1")
     with pytest.raises(BadConfig, match=r"unknown section \[trian\]. did you mean train\?"):
         load("[trian]\nseed = 1")
-    with pytest.raises(BadConfig, match="unknown setting log.zzzzzz .* known: format, progress_s"):
+    with pytest.raises(BadConfig, match=r"unknown setting log.zzzzzz .* known: format, progress_s"):
         load("[log]\nzzzzzz = 1")
     with pytest.raises(BadConfig, match="known: "):
         load("[qqqqqqqq]")
@@ -159,7 +159,7 @@ def test_a_setting_that_would_break_the_plan_is_refused_with_the_reason(
 
 @pytest.mark.parametrize("text", ["[train", "train = 5", "\x00", "[train]\nseed = 1\nseed = 2"])
 def test_a_file_that_is_no_settings_is_refused(load: Callable[..., Settings], text: str) -> None:
-    with pytest.raises(BadConfig, match="longrun.toml"):
+    with pytest.raises(BadConfig, match=r"longrun.toml"):
         load(text)
 
 
@@ -179,7 +179,7 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
 
 def test_the_batch_must_be_a_multiple_of_what_a_device_takes(load: Callable[..., Settings]) -> None:
     assert load("[train]\nbatch_size = 12\nper_device_train_batch_size = 4").train.per_device_train_batch_size == 4
-    with pytest.raises(BadConfig, match="train.batch_size = 8 is not a multiple"):
+    with pytest.raises(BadConfig, match=r"train.batch_size = 8 is not a multiple"):
         load("[train]\nper_device_train_batch_size = 3")
 
 
@@ -208,7 +208,7 @@ def test_a_pinned_name_is_known_without_its_commit() -> None:
 def test_a_model_grows_on_only_from_its_own_base(load: Callable[..., Settings]) -> None:
     config.check_base(load(), "org/other")  # nothing was asked for
     config.check_base(load("[model]\nbase_model = 'org/name'"), "org/name@0123abc")
-    with pytest.raises(BadConfig, match="base_model is org/name .* grew from org/other"):
+    with pytest.raises(BadConfig, match=r"base_model is org/name .* grew from org/other"):
         config.check_base(load("[model]\nbase_model = 'org/name'"), "org/other")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,15 +72,40 @@ def test_a_copy_is_apart_from_its_source(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
-def test_both_folders_of_a_rename_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[Path] = []
-    monkeypatch.setattr(disk, "sync_folder", synced.append)
+def test_bytes_are_durable_before_their_name_and_the_name_after_that(tmp_path: Path, disk_log: list[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "source").write_bytes(b"1")
+    for write in (
+        lambda: disk.write_file(tmp_path / "folder" / "x", b"new"),
+        lambda: disk.copy_file(tmp_path / "source", tmp_path / "folder" / "x"),
+    ):
+        disk_log.clear()
+        write()
+        assert [re.sub(r"\.x\..*tmp", "ASIDE", line) for line in disk_log] == ["sync ASIDE", "rename x", "sync folder"]
+
+
+def test_a_note_is_only_renamed(tmp_path: Path, disk_log: list[str]) -> None:
+    disk.write_file(tmp_path / "x", b"new", durable=False)
+    assert disk_log == ["rename x"]
+
+
+def test_both_folders_of_a_rename_are_synced(tmp_path: Path, disk_log: list[str]) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "a").write_bytes(b"1")
     disk.rename(tmp_path / "a", tmp_path / "in" / "b")
-    assert synced == [tmp_path / "in", tmp_path]
+    assert disk_log == ["rename b", "sync in", f"sync {tmp_path.name}"]
+    disk_log.clear()
     disk.rename(tmp_path / "in" / "b", tmp_path / "in" / "c")
-    assert synced[2:] == [tmp_path / "in"]
+    assert disk_log == ["rename c", "sync in"]
+
+
+def test_a_name_in_a_folder_held_open_is_durable(tmp_path: Path, disk_log: list[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "new").mkdir()
+    held = os.open(tmp_path / "model", os.O_RDONLY)
+    disk.rename_into(tmp_path / "new", "checkpoint-1", held)
+    os.close(held)
+    assert disk_log == ["rename checkpoint-1", "sync model"]
 
 
 def test_a_new_name_never_replaces_a_file(tmp_path: Path) -> None:
@@ -113,16 +139,11 @@ def test_a_folder_held_open_takes_a_name_wherever_it_was_moved(tmp_path: Path) -
     assert names(tmp_path / "moved") == ["checkpoint-1"]
 
 
-def test_contents_are_synced_before_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contents_are_synced_before_names(tmp_path: Path, disk_log: list[str]) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_bytes(b"1")
-    synced: list[str] = []
-    real = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), real(fd))
-    )
     disk.sync_tree(tmp_path / "a")
-    assert synced == ["file", "b", "a"]
+    assert disk_log == ["sync file", "sync b", "sync a"]
 
 
 def test_many_trees_are_synced_and_an_error_is_heard(tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ def test_others_may_read_during_a_write(ledger: Ledger, path: Path) -> None:
     reader.close()
 
 
+def test_a_transaction_that_failed_leaves_nothing_and_blocks_nothing(ledger: Ledger) -> None:
+    with pytest.raises(sqlite3.Error):
+        ledger.claim([job(1), job(2, format=object())])
+    ledger.claim([job(3)])
+    assert [found.number for found in ledger.in_state(CLAIMED)] == [3]
+
+
 def test_a_ledger_without_room_is_unchanged_and_goes_on_when_there_is_some(ledger: Ledger) -> None:
     ledger.claim([job(1)])
     pages = ledger._db.execute("pragma page_count").fetchone()[0]

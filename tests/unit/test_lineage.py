@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -12,10 +12,11 @@ from longrun.plan import Plan, Recipe
 from tests.unit.builders import lineage_at, plan_of
 
 NOW = "2026-01-01T00:00:00+00:00"
+RATES = [f.name for f in fields(Recipe) if f.type == "float"]
 names = st.text(st.characters(codec=None), max_size=20)  # surrogates too: names that are no UTF-8
 losses = st.none() | st.floats(allow_nan=False)
 rates = st.floats(allow_nan=False)
-recipes = st.builds(Recipe, **{name: rates for name in ("learning_rate", "weight_decay", "adam_beta1")}, batch_size=st.integers(1, 99))
+recipes = st.builds(Recipe, **dict.fromkeys(RATES, rates), batch_size=st.integers(1, 99))
 plans = st.builds(Plan, name=names, recipe=recipes)
 records = st.builds(FileRecord, name=names, final_loss=losses, mean_loss=losses, eval_loss=losses)
 progresses = st.builds(InProgress, plan=plans, loss_sum=rates, last_loss=losses)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -89,7 +90,7 @@ def test_any_cuts_give_the_same_messages(cuts: list[int]) -> None:
     stream = b"".join(map(wire.encode, said))
     heard: list[wire.Message] = []
     edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         theirs.sendall(stream[start:end])
         heard += channel.receive(0)
     channel.close()

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from longrun import commands, disk, requests, status
+from longrun.errors import LongrunError, NotRunning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from longrun.home import Home
+
+GOOD = b'{"text": "a"}\n' * 16
+CURRENT = {
+    "file": "evil\n.jsonl",
+    "job": 7,
+    "base_step": 10,
+    "planned_steps": 4,
+    "target_step": 14,
+    "done_steps": 1,
+    "eta_s": 3.2,
+}
+
+
+@pytest.fixture
+def daemon(home: Home) -> Iterator[disk.Lock]:
+    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
+        yield lock
+
+
+def note(home: Home, **facts: Any) -> None:
+    pid = (disk.holder(home.daemon_lock) or {}).get("pid")
+    known = {"state": "idle", "pid": pid, "current": None, "queued": 0, "queue": [], "problems": []}
+    status.write(home, known | facts)
+
+
+# -- status
+
+
+def test_status_of_a_stopped_daemon_has_its_exit_code(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.show_status(home, as_json=False) == 3
+    assert capsys.readouterr().out.startswith("state        stopped\nglobal step  0\n")
+    assert commands.show_status(home, as_json=True) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "stopped"
+
+
+@pytest.mark.usefixtures("daemon")
+def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{number}.jsonl" for number in range(6)]
+    told: dict[str, Any] = {"being_written": ["w.jsonl"], "problems": ["paused: disk"], "rejected": 2}
+    note(home, state="training", global_step=11, current=CURRENT, queue=names, queued=6, **told)
+    assert commands.show_status(home, as_json=False) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "global step  11\n",
+        r"training     evil\n.jsonl: 1 of 4 steps, 3 s left" + "\n             from global step 10 to 14\n",
+        "queue        6: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl\n",
+        "             inbox/w.jsonl is still being written\n",
+        "rejected     2  (rejected/*.reason.json say why)\n",
+        "problem      paused: disk\n",
+    ):
+        assert line in shown
+
+
+@pytest.mark.usefixtures("daemon")
+def test_status_says_when_the_daemon_may_hang(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note(home)
+    later = status.time.time() + 99
+    monkeypatch.setattr(status.time, "time", lambda: later)
+    commands.show_status(home, as_json=False)
+    assert "has not answered for 99 s: it may hang" in capsys.readouterr().out
+
+
+def test_the_step_of_a_stopped_daemon_is_that_of_the_model(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    note(home, state="training", global_step=99, current=CURRENT)
+    home.model.mkdir()
+    (home.model / "trainer_state.json").write_text('{"global_step": 50}')
+    commands.show_status(home, as_json=True)
+    assert json.loads(capsys.readouterr().out)["global_step"] == 50
+
+
+# -- requests
+
+
+def test_pause_works_before_any_daemon_has_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    disk.remove_tree(home.state, home.root / "trash")
+    assert commands.pause(home) == 0
+    assert "the next one will start paused" in capsys.readouterr().out
+    assert requests.pending(home, requests.PAUSE) is not None
+
+
+@pytest.mark.usefixtures("daemon")
+def test_pause_and_resume_are_told_apart(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.pause(home)
+    assert "pausing at the next step boundary" in capsys.readouterr().out
+    assert [commands.resume(home), commands.resume(home)] == [0, 0]
+    assert capsys.readouterr().out == "training goes on\nit was not paused\n"
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_stop_waits_until_the_daemon_has_left(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: bool
+) -> None:
+    lock = disk.Lock.take(home.daemon_lock, what="x")
+    monkeypatch.setattr(commands, "LOOK_S", 0.001)
+    threading.Timer(0.01, lock.release).start()
+    assert commands.stop(home, now=now) == 0
+    assert (requests.pending(home, requests.STOP) or {})["now"] is now
+    assert capsys.readouterr().out.endswith("stopped\n")
+
+
+def test_what_needs_a_daemon_says_that_there_is_none(home: Home) -> None:
+    for command in (lambda: commands.stop(home, now=False), lambda: commands.skip(home)):
+        with pytest.raises(NotRunning, match=r"no daemon runs on .* start it with"):
+            command()
+
+
+@pytest.mark.usefixtures("daemon")
+def test_skip_names_the_job_it_is_for(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    note(home)
+    with pytest.raises(LongrunError, match="no file is being trained"):
+        commands.skip(home)
+    note(home, current=CURRENT)
+    assert commands.skip(home) == 0
+    assert (requests.pending(home, requests.SKIP) or {})["job"] == 7
+    assert r"skipping evil\n.jsonl" in capsys.readouterr().out
+
+
+# -- files
+
+
+def test_retry_tells_the_names_there_are(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LongrunError, match="rejected: nothing"):
+        commands.retry(home, "x.jsonl")
+    (home.rejected / "y.jsonl").write_bytes(GOOD)
+    (home.rejected / "y.jsonl.reason.json").write_bytes(b"{}")
+    with pytest.raises(LongrunError, match=r"cannot retry x.jsonl: .* rejected: y.jsonl$"):
+        commands.retry(home, "x.jsonl")
+    assert commands.retry(home, "y.jsonl") == 0
+    assert capsys.readouterr().out == "inbox/y.jsonl will train from its first row\n"
+
+
+def test_put_copies_all_files_or_none(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.inbox.rmdir()
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    with pytest.raises(LongrunError, match="there is no such file"):
+        commands.put(home, [tmp_path / "x.jsonl", tmp_path / "absent.jsonl"])
+    assert not home.inbox.exists()
+    assert commands.put(home, [tmp_path / "x.jsonl"]) == 0
+    assert capsys.readouterr().out == "inbox/x.jsonl\n"
+    assert (home.inbox / "x.jsonl").read_bytes() == GOOD
+
+
+def test_check_tells_the_plan_without_training(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    assert commands.check(home, tmp_path / "x.jsonl", {}) == 0
+    told = capsys.readouterr().out
+    assert f"x.jsonl: good. 16 rows (text), {len(GOOD)} bytes\n" in told
+    assert "This file will train for 2 steps (reaching global step 2) unless" in told
+
+
+def test_check_tells_why_a_file_would_be_rejected(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD + b'{"text": "\x1b[2J\n')
+    assert commands.check(home, tmp_path / "x.jsonl", {}) == 1
+    told = capsys.readouterr().out
+    assert "would be rejected: line 17" in told
+    assert "\x1b" not in told
+    with pytest.raises(LongrunError, match="there is no such file"):
+        commands.check(home, tmp_path / "absent", {})
+
+
+def test_check_names_the_rows_that_would_be_skipped(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b'{"text": 5}\n')
+    assert commands.check(home, tmp_path / "x.jsonl", {"inbox.on_bad_row": "skip"}) == 0
+    assert "    skipped: line 17: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("follow", "how"), [(False, []), (True, ["-F"])])
+def test_logs_shows_the_end_of_the_log(
+    home: Home, monkeypatch: pytest.MonkeyPatch, follow: bool, how: list[str]
+) -> None:
+    with pytest.raises(LongrunError, match="there is no log yet"):
+        commands.logs(home, follow=follow)
+    home.log.write_text("x\n")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> None:
+        ran.append(command)
+        raise KeyboardInterrupt  # how people leave `logs -f`
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert commands.logs(home, follow=follow) == 0
+    assert ran == [["tail", "-n", "40", *how, str(home.log)]]
+
+
+# -- doctor
+
+
+def answer(returncode: int, stdout: str = "", stderr: str = "") -> Any:
+    return lambda command, **_: subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
+
+def test_the_doctor_finds_a_healthy_home_healthy(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", answer(0, "some noise\ncpu\n"))
+    assert commands.doctor(home, {"train.seed": 5}) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["ok"] * len(commands._EXAMINATIONS)
+    assert "ok   settings     longrun.toml: train.seed from flag" in told
+    assert "ok   device       cpu" in told
+    assert not list(home.inbox.iterdir())
+
+
+@pytest.mark.usefixtures("daemon")
+def test_the_doctor_finds_what_is_wrong(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.settings.write_text("[train]\nmax_steps = 5")
+    monkeypatch.setattr(subprocess, "run", answer(1, "", "trace\nbad luck\n"))
+    monkeypatch.setattr(commands.shutil, "disk_usage", lambda _: type("", (), {"free": 1}))
+    monkeypatch.setattr("importlib.metadata.version", fail_to_find)
+    monkeypatch.setattr("longrun.inbox.has_writer", lambda _: None)
+    assert commands.doctor(home, {}) == 1
+    told = capsys.readouterr().out
+    bad = [line[5:].split()[0] for line in told.splitlines() if line.startswith("BAD")]
+    assert bad == ["settings", "disk", "packages", "device", "base"]
+    assert "BAD  device       bad luck" in told
+    assert "held by the Longrun daemon (pid" in told
+    assert "open writers cannot be seen" in told
+
+
+def fail_to_find(name: str) -> str:
+    import importlib.metadata
+
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_the_doctor_names_a_base_model_that_cannot_be_loaded(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", answer(1))
+    commands.doctor(home, {"model.base_model": "org/name"})
+    told = capsys.readouterr().out
+    assert "BAD  base model   org/name cannot be loaded" in told
+    assert "BAD  device       torch cannot be started" in told
