@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun import __version__
-from longrun.errors import LongrunError
+from longrun.errors import ExitCode, LongrunError
 from longrun.home import Home, find_home
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ def main(argv: list[str]) -> int:
     except LongrunError as error:
         print(f"daemon.py: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # `daemon.py status | head`
-        return 1
+    except BrokenPipeError:  # `daemon.py ... | head`
+        return ExitCode.FAILURE
+    except OSError as error:
+        print(f"daemon.py: {error}", file=sys.stderr)
+        return ExitCode.FAILURE
 
 
 def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:

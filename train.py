@@ -28,6 +28,11 @@ def main(argv: list[str]) -> int:
     except LongrunError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `train.py ... | head`
+        return ExitCode.FAILURE
+    except OSError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return ExitCode.FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -209,21 +209,25 @@ def set_aside(home: Home, folder: Path) -> Path:
     return target
 
 
-def clear_remains(home: Home) -> bool:
+def clear_remains(home: Home, lived: str | None = None) -> bool:
     """Finish an `rm -rf current_model/` that met a commit on its way; True when there were remains.
 
-    Remains are checkpoints without the lineage.json that every model has: they are set aside, so that the
-    old model does not come back. Anything else in the folder is not ours to judge.
+    Remains are checkpoints without the lineage.json that every model has, or published files without any
+    checkpoint of the lineage that `lived` under this process until now. They are set aside, so that the old
+    model does not come back. Anything else in the folder is not ours to judge.
     """
-    if _is_empty(home.model) or (home.model / LINEAGE).exists():
+    if _is_empty(home.model) or not home.model.is_dir():
         return False
-    entries = list(home.model.iterdir()) if home.model.is_dir() else [home.model]
-    if not all(_NAME.fullmatch(entry.name) for entry in entries):
-        return False
-    for entry in entries:
-        with contextlib.suppress(FileNotFoundError):
-            set_aside(home, entry)
-    return True
+    entries = list(home.model.iterdir())
+    if (home.model / LINEAGE).exists():
+        remains = lived is not None and not steps(home.model) and _lineage_in(home.model) == lived
+    else:
+        remains = all(_NAME.fullmatch(entry.name) for entry in entries)
+    if remains:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                set_aside(home, entry)
+    return remains
 
 
 # -- writing
@@ -270,6 +274,8 @@ class OpenModel:
             (self._home.model / LINEAGE).stat()
         except GONE:
             raise ModelRemoved(f"{self._home.model.name}/ was removed") from None
+        if not steps(self._home.model):
+            raise ModelRemoved(f"{self._home.model.name}/ was removed")
         if (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino):
             raise ModelRemoved(f"{self._home.model.name}/ was replaced")
 
@@ -298,6 +304,7 @@ class OpenModel:
         try:
             publish(self._home, target)
             retire(self._home, keep)
+            self.check()
             return _checkpoint(target)
         except (OSError, Damaged):
             self.check()  # what is missing may be the whole model

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, requests, status
 from longrun.errors import BadModel, ModelRemoved
-from longrun.job import FINAL, WAITING, JobState
+from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.notify import Notifier
 from longrun.preparation import Preparation
 from longrun.runs import Runs
@@ -52,6 +52,7 @@ class Daemon:
         self._next_scan = 0.0
         self._paused = False  # by the operator
         self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
+        self._untidy = False
         self._trouble_over = 0.0  # monotonic: when to look again
         self._bad_model_since: float | None = None
         self._told: dict[str, Any] = {}
@@ -64,6 +65,11 @@ class Daemon:
             try:
                 while not self.tick(time.monotonic()):
                     self._wait()
+            except OSError as error:
+                self._context.say(
+                    "failed", f"cannot go on: {error}. The next start finds everything as it is", level="error"
+                )
+                raise
             finally:
                 self._leave()
         return self._context.rejected_now == 0
@@ -82,11 +88,7 @@ class Daemon:
         """Bring folders and ledger in line after whatever ended the last daemon."""
         context = self._context
         disk.empty_folder(context.home.staging)
-        context.ledger.claim(inbox.unrecorded(context.home, context.ledger.get))
-        for folder in sorted(context.home.jobs.iterdir()):
-            job = context.ledger.get(int(folder.name)) if folder.name.isdecimal() else None
-            if job is not None and job.state in FINAL:
-                archive.put_away(context.home, job)
+        self._tidy()
         with contextlib.suppress(BadModel):  # the first tick tells
             context.newest()
         newest = context.seen
@@ -94,6 +96,16 @@ class Daemon:
             checkpoint.publish(context.home, newest.path)
             where = f"global step {newest.global_step} ({newest.path.name}, verified)"
             context.say("resume", f"the model is at {where}", global_step=newest.global_step)
+
+    def _tidy(self) -> None:
+        """Finish what was cut off between a move and its record, or between a record and its move."""
+        context = self._context
+        context.ledger.claim(inbox.unrecorded(context.home, context.ledger.get))
+        for folder in sorted(context.home.jobs.iterdir()):
+            job = context.ledger.get(int(folder.name)) if folder.name.isdecimal() else None
+            if job is not None and job.state in FINAL:
+                archive.put_away(context.home, job)
+        self._untidy = False
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
         """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
@@ -143,8 +155,12 @@ class Daemon:
         self._preparation.hear(now)
         self._obey(now)
         self._runs.check_model()
-        self._claim_settled(now)
-        if now >= self._trouble_over:
+        over = now >= self._trouble_over
+        if over and self._untidy:
+            self._tidy()
+        if over or self._trouble != "disk":
+            self._claim_settled(now)
+        if over:
             self._settle_orphans(now)
             self._preparation.next(now, self._context.seen)
             self._train_next(now)
@@ -155,6 +171,7 @@ class Daemon:
     def _stand_still(self, now: float, trouble: str, error: Exception) -> None:
         self._context.problem(trouble, f"paused: {trouble}. {error}")
         self._trouble = trouble
+        self._untidy = True  # it may have struck between a move and its record
         self._trouble_over = now + self._context.settings.worker.retry_s
 
     def _obey(self, now: float) -> None:
@@ -212,10 +229,16 @@ class Daemon:
         if self._runs.current is None:
             for job in self._context.ledger.in_state(JobState.RUNNING):
                 usable, newest = self._look_at_model(now)
-                if usable and newest is not None and newest.lineage.has_trained(job.number, job.sha256):
-                    self._runs.finish(job, newest)
-                elif usable:
+                if usable and not self._is_trained(job, newest):
                     self._context.ledger.move(job, JobState.QUEUED)
+
+    def _is_trained(self, job: Job, newest: Checkpoint | None) -> bool:
+        """Whether the model has the job already, as a ledger that was lost does not know; it is finished then."""
+        trained = newest is not None and newest.lineage.has_trained(job.number, job.sha256)
+        if trained:
+            assert newest is not None
+            self._runs.finish(job, newest)
+        return trained
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
@@ -229,7 +252,9 @@ class Daemon:
             return
         self._context.reload_settings(newest)
         self._runs.warm_up(now)
-        facts = self._preparation.is_prepared(first, newest) if first.state is JobState.QUEUED else None
+        if first.state is not JobState.QUEUED or self._is_trained(first, newest):
+            return
+        facts = self._preparation.is_prepared(first, newest)
         if facts is not None:
             self._check_room(newest)
             self._runs.start(first, newest, facts, now)
@@ -246,7 +271,8 @@ class Daemon:
             self._bad_model_since = self._bad_model_since or now
             if now - self._bad_model_since < REMOVAL_GRACE_S:
                 return False, None
-            if not checkpoint.clear_remains(self._context.home):
+            seen = self._context.seen
+            if not checkpoint.clear_remains(self._context.home, seen.lineage.lineage if seen else None):
                 raise
             newest = self._context.newest()
         self._bad_model_since = None

@@ -19,6 +19,8 @@ from longrun.job import Job, JobState
 from longrun.worker import Child
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
 
@@ -99,10 +101,10 @@ class Preparation:
 
     def _next_examine(self) -> wire.Examine | None:
         inbox = self._context.settings.inbox
-        for job in self._context.waiting(JobState.CLAIMED, limit=1):
+        for job, path in self._with_file(JobState.CLAIMED, limit=1):
             return wire.Examine(
                 job=job.number,
-                path=self._path(job),
+                path=path,
                 on_bad_row=inbox.on_bad_row,
                 max_line_bytes=inbox.max_line_bytes,
             )
@@ -110,13 +112,12 @@ class Preparation:
 
     def _next_prepare(self, newest: Checkpoint | None) -> wire.Prepare | None:
         settings = self._context.settings
-        ahead = settings.worker.prepare_ahead
-        for job in self._context.waiting(JobState.QUEUED, limit=ahead):
+        for job, path in self._with_file(JobState.QUEUED, limit=settings.worker.prepare_ahead):
             if self.is_prepared(job, newest) is None:
                 need = self.need(job, newest)
                 return wire.Prepare(
                     job=job.number,
-                    path=self._path(job),
+                    path=path,
                     format=job.format,
                     folder=str(self._context.home.prepared(job.number)),
                     tokenizer=str(self._context.home.model) if newest else settings.model.base_model,
@@ -126,10 +127,16 @@ class Preparation:
                 )
         return None
 
-    def _path(self, job: Job) -> str:
-        claimed = archive.claimed_files(self._context.home, job.number)
-        assert claimed, f"job {job.number} has no file"
-        return os.fspath(claimed[0])
+    def _with_file(self, state: JobState, *, limit: int) -> Iterator[tuple[Job, str]]:
+        """Waiting jobs with their claimed file; one whose file somebody deleted is over."""
+        for job in self._context.waiting(state, limit=limit):
+            claimed = archive.claimed_files(self._context.home, job.number)
+            if claimed:
+                yield job, os.fspath(claimed[0])
+            else:
+                self._context.reject(
+                    job, {"kind": "lost", "why": "its file is gone from state/jobs/", "fix": "drop it again"}
+                )
 
     # -- what the preparer says
 

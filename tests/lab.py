@@ -28,17 +28,19 @@ def numbered(name: str, rows: int) -> list[dict[str, Any]]:
 
 
 class Lab:
-    def __init__(self, home: Path, *, base_model: Path | None = None, **settings: Any) -> None:
+    def __init__(self, home: Path, *, base_model: Path | None = None, fresh: bool = True, **settings: Any) -> None:
         self.home = home
         self.inbox = home / "inbox"
         self.model = home / "current_model"
+        self.daemons: list[Any] = []
+        if not fresh:  # somebody else's home, only looked at
+            return
         self.inbox.mkdir(parents=True)
         self.probe = home / "probe"
         self.probe.mkdir()
         if base_model is not None:
             settings["model.base_model"] = str(base_model)
         self.configure(**{"inbox.settle_s": 0.3, "worker.retry_s": 0.5, "log.rows": True, **settings})
-        self.daemons: list[subprocess.Popen[str]] = []
 
     def configure(self, **settings: Any) -> None:
         """Write longrun.toml from {"train.learning_rate": 1e-3}."""

@@ -590,3 +590,21 @@ def test_a_commit_retires_what_is_beyond_the_limit(home: Home) -> None:
     for step in (8, 9, 10):
         add_checkpoint(home, step, keep=2)
     assert checkpoint.steps(home.model) == [10, 9]
+
+
+def test_published_files_that_outlived_a_removal_are_set_aside_while_their_lineage_is_known(home):
+    shutil.rmtree(add_checkpoint(home, 4, "one"))
+    assert not checkpoint.clear_remains(home)  # a start cannot tell it from a person's choice
+    assert not checkpoint.clear_remains(home, "another lineage")
+    assert checkpoint.clear_remains(home, "one")
+    assert checkpoint.newest(home, Verifier(), print) is None
+    assert any(path.name.startswith("lineage.json") for path in home.set_aside.iterdir())
+
+
+def test_a_glance_notices_that_all_checkpoints_are_gone(home):
+    path = add_checkpoint(home, 4)
+    newest = checkpoint.newest(home, Verifier(), print)
+    with OpenModel(home, newest) as model:
+        shutil.rmtree(path)
+        with pytest.raises(ModelRemoved):
+            model.glance()
