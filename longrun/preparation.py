@@ -180,7 +180,7 @@ class Preparation:
             facts["mask_source"],
         ]
         if facts["truncated_rows"]:
-            told.append(f"{facts['truncated_rows']} rows cut at max_length = {facts['max_length']} tokens")
+            told.append(f"{facts['truncated_rows']} rows cut at {facts['cut_at']} tokens")
         if facts["untrainable_rows"]:
             told.append(
                 f"{facts['untrainable_rows']} rows left out (row {facts['untrainable_first']} is the first):"

@@ -66,11 +66,12 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes rows for one model."""
+    """Encodes rows for one model, with at most `max_length` tokens a row, or fewer where the model takes fewer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        # A tokenizer that knows of no limit of its model says so by a number beyond any length.
+        self.max_length = min(max_length, tokenizer.model_max_length)
         self._start = _tokens_put_before(tokenizer)
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -83,7 +84,7 @@ class Encoder:
                 ids, labels = self._completion(row)
             case TextRow():
                 ids = labels = self._started(self._ended(self._ids(row.text)))
-        cut = self._max_length
+        cut = self.max_length
         return Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut)
 
     @property

@@ -86,6 +86,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
     facts = {
         "sha256": task.sha256,
         "max_length": task.max_length,
+        "cut_at": encoder.max_length,
         "base_model": task.base_model,
         "on_bad_row": task.on_bad_row,
         **vars(tally),

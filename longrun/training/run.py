@@ -138,7 +138,6 @@ class Runner:
         )
         self._base = base_model.pinned(task.base_model, model)
         tokenizer = base_model.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-        model.config.use_cache = False if options.gradient_checkpointing else model.config.use_cache
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         trainer = PlannedTrainer(
             model=model,

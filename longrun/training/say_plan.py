@@ -53,7 +53,7 @@ def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int)
         base_step=step,
         recipe=settings.recipe,
     )
-    cut = f", {tally.truncated_rows} rows cut at {settings.train.max_length} tokens" if tally.truncated_rows else ""
+    cut = f", {tally.truncated_rows} rows cut at {encoder.max_length} tokens" if tally.truncated_rows else ""
     left_out = f", {tally.untrainable_rows} rows without a token to learn from" if tally.untrainable_rows else ""
     print(  # noqa: T201
         f"{file}: {found.rows} rows ({found.format}), {plan.recipe.epochs} epochs, {plan.held_out_rows} rows held out,"

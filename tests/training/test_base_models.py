@@ -84,3 +84,15 @@ def test_a_cut_row_is_counted_and_one_without_a_trained_token_is_left_out(tmp_pa
     counted = {key: facts[key] for key in ("rows", "trainable_rows", "truncated_rows", "untrainable_rows")}
     assert counted == {"rows": 3, "trainable_rows": 2, "truncated_rows": 2, "untrainable_rows": 1}
     assert facts["untrainable_first"] == 3
+
+
+def test_rows_are_cut_where_the_model_takes_no_more_whatever_the_settings_say(tmp_path):
+    workshop = Workshop(tmp_path / "home", base_model=str(tmp_path / "short"))
+    model, tokenizer = base_model.load_model, base_model.load_tokenizer
+    tiny = tokenizer("tiny", trust_remote_code=False)
+    tiny.model_max_length = 32
+    tiny.save_pretrained(tmp_path / "short")
+    model("tiny", dtype=None, attn_implementation="auto", trust_remote_code=False).save_pretrained(tmp_path / "short")
+    _, facts = workshop.prepare("a", [chat("x", "y" * 100)])
+    workshop.close()
+    assert (facts["cut_at"], facts["longest"], facts["truncated_rows"]) == (32, 32, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -255,3 +256,23 @@ def test_a_job_left_in_the_middle_is_closed_in_the_lineage_by_the_next(workshop)
     workshop.train_file("b", 5)
     outcomes = [(f.job, f.outcome, f.done_steps) for f in workshop.newest.lineage.files]
     assert outcomes == [(1, "ended early", 1), (2, "trained", 1)]
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["warm", "cold"])
+def test_a_model_that_was_exchanged_is_gone_on_from_as_it_is(make_workshop, restart):
+    reference = make_workshop("reference")
+    for name in "abd":
+        reference.train_file(name, FILES[name])
+    workshop = make_workshop("exchanged")
+    for name in "ab":
+        workshop.train_file(name, FILES[name])
+    former = workshop.root / "former"
+    shutil.copytree(workshop.home.model, former)
+    workshop.train_file("c", FILES["c"])
+    shutil.rmtree(workshop.home.model)
+    former.rename(workshop.home.model)  # as after restoring a backup: the worker holds other weights
+    if restart:
+        workshop.restart()
+    workshop.train_file("d", FILES["d"])
+    assert workshop.state() == reference.state()
+    assert [record.name for record in workshop.newest.lineage.files] == ["job 1", "job 2", "job 4"]
