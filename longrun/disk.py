@@ -209,6 +209,13 @@ def tree_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def rewrite_note(path: Path, content: bytes) -> None:
+    """Write over an existing file, using the room it has; a reader may meet it half-written, so only for notes."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.truncate()
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to a history file. A line cut off by a crash is closed first, so it harms only itself."""
     with path.open("ab+") as file:

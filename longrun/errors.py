@@ -32,6 +32,7 @@ class LongrunError(Exception):
     """Something failed in a way a person can act on."""
 
     exit_code = ExitCode.FAILURE
+    before_hint = "; "
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -39,7 +40,7 @@ class LongrunError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}. {self.hint}" if self.hint else self.message
+        return f"{self.message}{self.before_hint}{self.hint}" if self.hint else self.message
 
 
 class BadConfig(LongrunError):
@@ -74,6 +75,8 @@ class BadFile(LongrunError):
     `line` counts from 1, `byte` from 0 within the (decompressed) file, `field` is a path such as
     `messages[2].content`, `hint` is the fix.
     """
+
+    before_hint = ". Fix: "
 
     def __init__(
         self,

@@ -20,8 +20,14 @@ RENEW_S = 5.0
 
 def write(home: Home, facts: dict[str, Any]) -> None:
     """Renew the note. It is not synced: after a crash it is about a process that is gone."""
-    content = {**facts, "written_at": time.time()}
-    disk.write_file(home.status, json.dumps(content).encode(), durable=False)
+    content = json.dumps({**facts, "written_at": time.time()}).encode()
+    try:
+        disk.write_file(home.status, content, durable=False)
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise
+        # "paused: disk" must be seen just when nothing new can be stored: the old note's blocks are there.
+        disk.rewrite_note(home.status, content)
 
 
 def read(home: Home) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -110,8 +110,7 @@ def test_stop_waits_until_the_daemon_has_left(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: bool
 ) -> None:
     lock = disk.Lock.take(home.daemon_lock, what="x")
-    monkeypatch.setattr(commands, "LOOK_S", 0.001)
-    threading.Timer(0.01, lock.release).start()
+    monkeypatch.setattr(time, "sleep", lambda _: lock.release())
     assert commands.stop(home, now=now) == 0
     assert (requests.pending(home, requests.STOP) or {})["now"] is now
     assert capsys.readouterr().out.endswith("stopped\n")

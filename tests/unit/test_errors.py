@@ -15,13 +15,13 @@ def test_each_error_has_the_exit_code_that_is_promised(error: type[LongrunError]
 
 
 def test_an_error_says_what_to_type_next() -> None:
-    assert str(LongrunError("cannot do x", hint="try y")) == "cannot do x. try y"
+    assert str(LongrunError("cannot do x", hint="try y")) == "cannot do x; try y"
     assert str(LongrunError("cannot do x")) == "cannot do x"
 
 
 def test_a_bad_file_names_line_byte_and_field() -> None:
     error = BadFile("must be a string", line=3, byte=40, field="messages[1].content", hint="quote it")
-    assert str(error) == "line 3, byte 40: messages[1].content: must be a string. quote it"
+    assert str(error) == "line 3, byte 40: messages[1].content: must be a string. Fix: quote it"
     assert str(BadFile("it is empty")) == "it is empty"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -87,3 +88,15 @@ def test_the_published_step_is_that_of_the_model(home: Home, content: bytes, ste
     home.model.mkdir()
     (home.model / "trainer_state.json").write_bytes(content)
     assert status.published_step(home) == step
+
+
+@pytest.mark.usefixtures("held")
+def test_a_full_disk_can_still_be_told(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    status.write(home, TRAINING | {"queue": ["a long one"] * 9})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_file", full)
+    status.write(home, TRAINING | {"state": "paused: disk"})
+    assert status.read(home)["state"] == "paused: disk"
