@@ -11,14 +11,14 @@ demo: .venv/run.stamp  ## see it work: two files, every row counted, an answer
 run: .venv/run.stamp  ## watch inbox/ of this folder
 	@$(BIN)/python daemon.py run
 
-test: check  ## lint, types, floors, and all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+test: check  ## the same, and all tests with the real daemon and the real tiny model
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/training tests/acceptance
 
-check: .venv/dev.stamp  ## everything that needs no running model
+check: .venv/dev.stamp  ## lint, types, floors, and the unit tests with their coverage
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
+	$(BIN)/python -m pytest -q tests/unit --cov --cov-report=term:skip-covered
 
 fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
