@@ -81,7 +81,7 @@ def folder_of(model: Path, global_step: int) -> Path:
 class Verifier:
     """Verifies checkpoints, reading each byte once: what was hashed and has not changed since is trusted.
 
-    "Not changed" is the file's size, inode and both times, to the nanosecond; a daemon that starts knows
+    "Not changed" is the file's size, inode and time of change, to the nanosecond; a daemon that starts knows
     nothing and reads everything.
     """
 
@@ -102,6 +102,7 @@ class Verifier:
 
     def trust(self, folder: Path) -> Checkpoint:
         """The checkpoint our own worker has just hashed and committed; its bytes are taken as read."""
+        self._known = {path: signature for path, signature in self._known.items() if path.parent.exists()}
         for name in _read_manifest(folder)["files"]:
             self._known[folder / name] = _signature(folder / name)
         return _checkpoint(folder)
@@ -289,12 +290,14 @@ class OpenModel:
         if _lineage_in(self._home.model) != self._lineage:
             raise ModelRemoved(f"{self._home.model.name}/ was replaced")
 
-    def commit(self, staged: Path, lineage: Lineage, *, keep: int) -> Checkpoint:
+    def commit(
+        self, staged: Path, lineage: Lineage, *, keep: int, on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Checkpoint:
         """Make the staged checkpoint the model: seal it, give it its name in one rename, publish, retire old ones.
 
         ModelRemoved when the folder went away meanwhile; nothing of the old model is put back then.
         """
-        seal(staged, lineage)
+        seal(staged, lineage, on_bytes)
         self.check()
         target = folder_of(self._home.model, lineage.global_step)
         if self._folder is None:
@@ -348,13 +351,13 @@ class OpenModel:
             raise
 
 
-def seal(folder: Path, lineage: Lineage) -> None:
+def seal(folder: Path, lineage: Lineage, on_bytes: Callable[[int], None] = lambda _: None) -> None:
     """Write lineage and manifest into a staged checkpoint and make every byte of it durable."""
     for name in NEVER_KEPT:
         disk.remove_file(folder / name)
     (folder / LINEAGE).write_text(lineage.to_json(), encoding="utf-8")
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": disk.hash_file(path)}
+        path.name: {"size": path.stat().st_size, "sha256": disk.hash_file(path, on_bytes)}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }

@@ -33,7 +33,8 @@ def say(text: str = "") -> None:
 def show_status(home: Home, *, as_json: bool) -> int:
     """The daemon's state; exit code 3 when it does not run."""
     facts = status.read(home)
-    facts["global_step"] = max(facts["global_step"] if facts["current"] else 0, status.published_step(home))
+    if not facts["current"]:  # else the note's steps belong together
+        facts["global_step"] = status.published_step(home)
     if as_json:
         say(json.dumps(facts, indent=1, ensure_ascii=True))
     else:

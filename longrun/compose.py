@@ -13,6 +13,7 @@ from longrun.errors import BadConfig, BadModel, ExitCode, Locked
 from longrun.journal import Journal
 from longrun.ledger import Ledger
 from longrun.loop import Daemon
+from longrun.notify import Notifier
 from longrun.worker import PROGRAM
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
         check_one_file_system(home)
         wait_for_former_worker(home)
         ledger = Ledger.open(home.ledger)
+        notifier = Notifier()
         context = Context(
             home=home,
             settings=settings,
             flags=flags,
             ledger=ledger,
             journal=Journal(home, settings.log),
-            verifier=checkpoint.Verifier(),
+            verifier=checkpoint.Verifier(notifier.patience),
+            notifier=notifier,
         )
         try:
             check_base_model(context)

@@ -316,7 +316,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 def check_base(settings: Settings, grown: str) -> None:
     """BadConfig when the settings name another base model than the one that the current model grew from."""
     wanted, given = settings.model.base_model, settings.sources.get("model.base_model")
-    if given and wanted != unpinned(grown):
+    if given and wanted not in (grown, unpinned(grown)):
         raise BadConfig(
             f"base_model is {wanted} ({given}), but the current model grew from {grown}",
             hint="to begin anew: `python3 backup_manager.py backup current_model/ --type pre_recovery`,"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config
+from longrun import archive, checkpoint, config, disk
 from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longrun.home import Home
     from longrun.journal import Journal
     from longrun.ledger import Ledger
+    from longrun.notify import Notifier
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Context:
     ledger: Ledger
     journal: Journal
     verifier: checkpoint.Verifier
+    notifier: Notifier
     problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
     rejected_now: int = 0  # since this daemon started
-    trained_now: int = 0
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
+    lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
     begun: int = 0  # the job that the model is in the middle of
     _settings_seen: tuple[int, ...] = (0,)
@@ -69,19 +71,31 @@ class Context:
             self.say("checkpoint damaged", text, level="error")
 
         newest = checkpoint.newest(self.home, self.verifier, tell)
-        if newest is not None and damaged:
-            checkpoint.publish(self.home, newest.path)
-            self._tell_undone(newest)
+        if newest is not None and (self.seen is None or self.seen.digest != newest.digest):
+            checkpoint.publish(self.home, newest.path)  # whoever committed it may have died before this
+            if damaged or self._went_back(newest):
+                self._tell_undone(newest)
         if newest is None and self.seen is not None:
             self.model_removed("current_model/ was removed: starting from the base model at step 0")
         here = newest.lineage.in_progress if newest else None
         self.seen, self.begun = newest, here.plan.job if here else 0
+        self.lived = newest.lineage.lineage if newest else None
         return newest
+
+    def _went_back(self, newest: checkpoint.Checkpoint) -> bool:
+        """Whether another model stands in the place of the one that was seen: restored, or copied in."""
+        seen = self.seen
+        return seen is not None and (
+            seen.lineage.lineage != newest.lineage.lineage or newest.global_step < seen.global_step
+        )
 
     def _tell_undone(self, newest: checkpoint.Checkpoint) -> None:
         """The model went back behind files that are in trained/: whether to train them again is for a person."""
-        known = max((record.job for record in newest.lineage.files), default=0)
-        names = [job.name for job in self.ledger.in_state(JobState.TRAINED) if job.number > known]
+        names = [
+            job.name
+            for job in self.ledger.in_state(JobState.TRAINED)
+            if not newest.lineage.has_trained(job.number, job.sha256)
+        ]
         if names:
             self.say(
                 "undone",
@@ -121,8 +135,8 @@ class Context:
     def finish(self, job: Job) -> None:
         """The lineage says that the job was trained: book it and put the file away."""
         done = self.ledger.move(job, JobState.TRAINED, attempts=0)
-        self.trained_now += 1
         archive.put_away(self.home, done)
+        self._sweep()
 
     def reject(self, job: Job, reason: dict[str, Any]) -> None:
         """End the job without training (the rest of) its file; the reason goes with the file."""
@@ -139,10 +153,10 @@ class Context:
             reason=reason,
         )
 
-    def sweep(self) -> None:
+    def _sweep(self) -> None:
         """Apply the retention of trained/ and rejected/, which is off by default."""
         for path in archive.expired(self.home, self.settings.inbox.keep_days):
-            path.unlink(missing_ok=True)
+            disk.remove_file(path)
 
 
 def _signature(path: Path) -> tuple[int, ...]:

@@ -206,7 +206,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def tree_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files below `folder`; what is being deleted meanwhile does not count."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def rewrite_note(path: Path, content: bytes) -> None:

@@ -59,6 +59,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+ROWS_BETWEEN_SIGNS = 50_000
 _MEDIA = ("image", "audio", "video", "file")
 
 
@@ -76,11 +77,21 @@ class Examined:
     skipped_rows: int
 
 
-def examine(path: Path, *, on_bad_row: str = "reject", max_line_bytes: int = MAX_LINE_BYTES) -> Examined:
-    """Check every row of a file; BadFile at the first bad one, unless `on_bad_row` is "skip"."""
+def examine(
+    path: Path,
+    *,
+    on_bad_row: str = "reject",
+    max_line_bytes: int = MAX_LINE_BYTES,
+    alive: Callable[[int], None] = lambda _: None,
+) -> Examined:
+    """Check every row of a file; BadFile at the first bad one, unless `on_bad_row` is "skip".
+
+    `alive` hears of the rows read so far, now and then.
+    """
     reader = RowReader(path, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
-    for _ in reader:
-        pass
+    for number, _ in reader:
+        if number % ROWS_BETWEEN_SIGNS == ROWS_BETWEEN_SIGNS - 1:
+            alive(number + 1)
     assert reader.format is not None
     return Examined(
         rows=reader.rows,

@@ -49,7 +49,7 @@ class _Seen:
 class Inbox:
     def __init__(self, home: Home, settings: InboxSettings, say: Callable[..., None]) -> None:
         self._home = home
-        self._settings = settings
+        self.settings = settings
         self._say = say
         self._seen: dict[str, _Seen] = {}
         self._written: set[str] = set()
@@ -83,8 +83,8 @@ class Inbox:
 
     def next_look(self, now: float) -> float:
         """Seconds until a scan could find something new without any event."""
-        waits = [seen.since + self._settings.settle_s - now for seen in self._seen.values()]
-        return max(0.02, min([self._settings.scan_s, *(wait for wait in waits if wait > 0)]))
+        waits = [seen.since + self.settings.settle_s - now for seen in self._seen.values()]
+        return max(0.02, min([self.settings.scan_s, *(wait for wait in waits if wait > 0)]))
 
     def _is_candidate(self, entry: os.DirEntry[str]) -> bool:
         if TEMPORARY.search(entry.name):
@@ -111,11 +111,11 @@ class Inbox:
 
     def _has_settled(self, name: str, now: float) -> bool:
         quiet_s = now - self._seen[name].since
-        if quiet_s < self._settings.settle_s:
+        if quiet_s < self.settings.settle_s:
             return False
         writer = has_writer(self._home.inbox / name)
         if writer is None:  # leases do not work here: only time can tell
-            return quiet_s >= self._settings.settle_without_lease_s
+            return quiet_s >= self.settings.settle_without_lease_s
         (self._written.add if writer else self._written.discard)(name)
         return not writer
 

@@ -40,6 +40,7 @@ class Job:
     sha256: str = ""  # of the claimed bytes; empty until examined
     rows: int = 0  # accepted rows; 0 until examined
     format: str = ""
+    on_bad_row: str = "reject"  # as it was examined: the numbers of its rows depend on it
     attempts: int = 0  # runs in a row that died without saving anything new
     reason: str = ""  # JSON, for REJECTED
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_COLUMNS = "number, name, state, arrived_at, sha256, rows, format, attempts, reason"
-_MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?"
+_COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason"
+_MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
 
 
 class Ledger:
@@ -139,6 +139,7 @@ def _to_row(job: Job) -> tuple[object, ...]:
         job.sha256,
         job.rows,
         job.format,
+        job.on_bad_row,
         job.attempts,
         job.reason,
     )
@@ -146,5 +147,7 @@ def _to_row(job: Job) -> tuple[object, ...]:
 
 def _from_row(row: tuple[object, ...]) -> Job:
     number, name, state, *rest = row
-    values = dict(zip(("arrived_at", "sha256", "rows", "format", "attempts", "reason"), rest, strict=True))
+    values = dict(
+        zip(("arrived_at", "sha256", "rows", "format", "on_bad_row", "attempts", "reason"), rest, strict=True)
+    )
     return Job(number=number, name=os.fsdecode(name), state=JobState(state), **values)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ create table if not exists job (
     sha256      text not null default '',
     rows        integer not null default 0,
     format      text not null default '',
+    on_bad_row  text not null default 'reject',
     attempts    integer not null default 0,  -- runs in a row that died without saving anything new
     reason      text not null default ''     -- JSON, when rejected
 );

@@ -16,9 +16,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, requests, status
-from longrun.errors import BadModel, ModelRemoved
+from longrun.errors import BadModel, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
-from longrun.notify import Notifier
 from longrun.preparation import Preparation
 from longrun.runs import Runs
 
@@ -45,7 +44,7 @@ class Daemon:
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
         self._runs = Runs(context)
-        self._notifier = Notifier()
+        self._notifier = context.notifier
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._scanned = False
@@ -65,6 +64,9 @@ class Daemon:
             try:
                 while not self.tick(time.monotonic()):
                     self._wait()
+            except sqlite3.Error as error:
+                why = f"cannot go on: the ledger {self._context.home.ledger}: {error}"
+                raise LongrunError(why, hint="start again; a ledger that was moved away is made anew") from error
             except OSError as error:
                 self._context.say(
                     "failed", f"cannot go on: {error}. The next start finds everything as it is", level="error"
@@ -72,7 +74,7 @@ class Daemon:
                 raise
             finally:
                 self._leave()
-        return self._context.rejected_now == 0
+        return self._context.rejected_now == 0 and not (self._drain and self._trouble)
 
     # -- start and end
 
@@ -93,7 +95,6 @@ class Daemon:
             context.newest()
         newest = context.seen
         if newest is not None:
-            checkpoint.publish(context.home, newest.path)
             where = f"global step {newest.global_step} ({newest.path.name}, verified)"
             context.say("resume", f"the model is at {where}", global_step=newest.global_step)
 
@@ -109,9 +110,15 @@ class Daemon:
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
         """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
-        waiting = self._context.ledger.in_state(JobState.QUEUED, JobState.RUNNING)
-        unfinished = {job.sha256: job.number for job in waiting}
+        names = {path.name for path in paths}
+        waiting = [job for job in self._context.ledger.in_state(*WAITING, JobState.RUNNING) if job.name in names]
+        unfinished = {self._content_of(job): job.number for job in waiting}
         return {unfinished.get(disk.hash_file(path)) or self._copy_in(path) for path in paths}
+
+    def _content_of(self, job: Job) -> str:
+        """SHA-256 of the job's file; of one that was not examined yet, read now."""
+        claimed = archive.claimed_files(self._context.home, job.number)
+        return job.sha256 or (disk.hash_file(claimed[0]) if claimed else "")
 
     def _copy_in(self, path: Path) -> int:
         number = self._next_number()
@@ -158,8 +165,7 @@ class Daemon:
         over = now >= self._trouble_over
         if over and self._untidy:
             self._tidy()
-        if over or self._trouble != "disk":
-            self._claim_settled(now)
+        self._claim_settled(now)
         if over:
             self._settle_orphans(now)
             self._preparation.next(now, self._context.seen)
@@ -203,16 +209,22 @@ class Daemon:
     # -- files in
 
     def _claim_settled(self, now: float) -> None:
-        if self._by_hand is not None or now < self._next_scan:
+        if not self._scans or now < self._next_scan:
             return
         self._context.home.inbox.mkdir(exist_ok=True)
         self._bell.check()
+        self._inbox.settings = self._context.settings.inbox
         settled = self._inbox.scan(now)
         if settled:
             self._context.ledger.claim(self._inbox.claim(settled, self._next_number()))
         self._scanned = True
         more = len(settled) > inbox.CLAIM_AT_ONCE
         self._next_scan = now if more else now + self._inbox.next_look(now)
+
+    @property
+    def _scans(self) -> bool:
+        """Whether files are taken in: not by hand, and not onto a full disk."""
+        return self._by_hand is None and not (self._trouble == "disk" and time.monotonic() < self._trouble_over)
 
     def _next_number(self) -> int:
         """A job number that neither ledger, folders nor model know."""
@@ -271,8 +283,7 @@ class Daemon:
             self._bad_model_since = self._bad_model_since or now
             if now - self._bad_model_since < REMOVAL_GRACE_S:
                 return False, None
-            seen = self._context.seen
-            if not checkpoint.clear_remains(self._context.home, seen.lineage.lineage if seen else None):
+            if not checkpoint.clear_remains(self._context.home, self._context.lived):
                 raise
             newest = self._context.newest()
         self._bad_model_since = None
@@ -343,7 +354,8 @@ class Daemon:
             return True
         if self._leaving:
             return self._runs.current is None
-        return self._drain and self._nothing_left()
+        # A person started this and waits for it: what only a person can mend is said by leaving.
+        return self._drain and (self._nothing_left() or self._trouble == "model")
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
@@ -351,7 +363,8 @@ class Daemon:
 
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""
-        timeout_s = max(0.0, min(TICK_S, self._next_scan - time.monotonic()))
+        due_s = self._next_scan - time.monotonic() if self._scans else TICK_S
+        timeout_s = max(0.0, min(TICK_S, due_s))
         ends = [self._wake[0], *self._runs.worker.filenos(), *self._preparation.preparer.filenos()]
         ready, _, _ = select.select(ends, [], [], timeout_s)
         if self._wake[0] in ready:
@@ -385,4 +398,4 @@ class Daemon:
 def _means_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in disk.FULL
-    return "full" in str(error) or "disk I/O" in str(error)
+    return any(words in str(error) for words in ("full", "disk I/O", "locked"))

@@ -6,6 +6,7 @@ shortly before its turn, because tokens take room.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ class Preparation:
             sha256=job.sha256,
             max_length=here.plan.recipe.max_length if here else settings.train.max_length,
             base_model=unpinned(self._context.base_model(newest)),
-            on_bad_row=settings.inbox.on_bad_row,
+            on_bad_row=job.on_bad_row,
         )
 
     # -- choosing
@@ -157,7 +158,12 @@ class Preparation:
     def _admit(self, job: Job, facts: dict[str, Any]) -> None:
         context = self._context
         job = context.ledger.move(
-            job, JobState.QUEUED, sha256=facts["sha256"], rows=facts["rows"], format=facts["format"]
+            job,
+            JobState.QUEUED,
+            sha256=facts["sha256"],
+            rows=facts["rows"],
+            format=facts["format"],
+            on_bad_row=facts["on_bad_row"],
         )
         twin = context.ledger.same_content(job)
         remarks = [*facts["notes"], *([f"same content as job {twin.number}, trained again"] if twin else [])]
@@ -193,7 +199,11 @@ class Preparation:
         """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
         if failure.kind in ("disk", "base model"):
             self.preparer.kill()
-            raise (OSError(28, failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint))
+            raise (
+                OSError(errno.ENOSPC, failure.why)
+                if failure.kind == "disk"
+                else BadModel(failure.why, hint=failure.hint)
+            )
         self._count_attempt(job, failure.why)
 
     def _died(self, how: str) -> None:

@@ -95,13 +95,16 @@ class Runs:
         except BadFile as error:
             self._context.reject(job, error.reason())
             return
+        if here and plan.rows + plan.held_out_rows != facts["trainable_rows"]:
+            self._context.reject(job, _other_rows(plan, facts["trainable_rows"]))
+            return
         step = newest.global_step if newest else 0
-        model = checkpoint.OpenModel(self._context.home, newest)
-        self._tell_plan(job, plan, newest)
-        job = self._context.ledger.move(job, JobState.RUNNING)
         if self.worker.used and newest is None:
             self.worker.kill()  # what it holds has been trained; a new model begins from the base
         self.warm_up(now, plan.recipe.batch_size)
+        model = checkpoint.OpenModel(self._context.home, newest)
+        self._tell_plan(job, plan, newest)
+        job = self._context.ledger.move(job, JobState.RUNNING)
         self.current = Run(
             job=job,
             plan=plan,
@@ -171,6 +174,7 @@ class Runs:
             "gradient_checkpointing": settings.train.gradient_checkpointing,
             "optim": settings.train.optim,
             "report_to": settings.train.report_to,
+            "processes": settings.worker.processes,
         }
         return ("--options", json.dumps(fixed))
 
@@ -193,7 +197,8 @@ class Runs:
         last = attempts + 1 >= self._context.settings.worker.max_attempts
         limit = 1 if last else max(1, self.per_device(batch_size) // 2)
         fitting = _even_share(batch_size, self._context.settings.worker.processes, limit)
-        self._context.ledger.set_fact(FITTING, json.dumps({self._situation(batch_size): fitting}))
+        learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
+        self._context.ledger.set_fact(FITTING, json.dumps(learnt | {self._situation(batch_size): fitting}))
         self._context.say(
             "smaller batches",
             f"from now on {fitting} rows at once on a device; a step still trains {batch_size} rows",
@@ -397,10 +402,9 @@ class Runs:
     def _end_stopped(self, run: Run, why: str, rows_trained: list[int]) -> None:
         done = run.plan.done_steps(run.global_step)
         if why == "skip":
-            trained = f"; {len(rows_trained)} of {run.plan.rows} rows were trained"
-            self._end_skipped(
-                run, f"after {done} of {run.plan.planned_steps} steps{trained}", rows_trained=rows_trained
-            )
+            count = min(done * run.plan.recipe.batch_size, run.plan.rows)
+            how_far = f"after {done} of {run.plan.planned_steps} steps; {count} of {run.plan.rows} rows were trained"
+            self._end_skipped(run, how_far, rows_trained=rows_trained)
             return
         self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.say(
@@ -427,13 +431,14 @@ class Runs:
                 "rows": failure.rows,
             }
             self._context.reject(run.job, reason | {"fix": failure.hint})
-        elif failure.kind in ("disk", "base model", "configuration"):
+        elif failure.kind == "disk":
             self._context.ledger.move(run.job, JobState.QUEUED)
-            raise (
-                OSError(errno.ENOSPC, failure.why)
-                if failure.kind == "disk"
-                else BadModel(failure.why, hint=failure.hint)
-            )
+            raise OSError(errno.ENOSPC, failure.why)
+        elif failure.kind == "base model":
+            self._context.ledger.move(run.job, JobState.QUEUED)
+            raise BadModel(failure.why, hint=failure.hint)
+        elif not run.started:
+            self._died_at_start(run, failure.why)
         else:
             self._retry(run, failure.why, failure.kind)
 
@@ -443,20 +448,16 @@ class Runs:
             if self._lost_model(run):
                 return
             self._over(run)
-        if run is None or not run.sent:
+        if run is None or not run.started:
             self._died_at_start(run, how)
-        elif run.stopping == "skip":
-            saved = run.plan.done_steps(run.saved_step)
-            self._end_skipped(run, f"while the worker died ({how}); the model has its first {saved} steps", steps=saved)
-        elif run.stopping:
-            self._context.ledger.move(run.job, JobState.QUEUED)
         else:
             self._retry(run, f"the worker died ({how})" if kind == "crash" else how, kind)
 
     def _died_at_start(self, run: Run | None, how: str) -> None:
-        """Before it was given any work: no file is at fault, so none pays for it with an attempt."""
+        """Before model and optimizer stood ready: no file is at fault, so none pays for it with an attempt."""
         if run is not None:
             self._context.ledger.move(run.job, JobState.QUEUED)
+            self._context.say("retry", f"{run.job.name}: the worker did not get ready ({how})", level="warning")
         self._deaths += 1
         if self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0
@@ -466,9 +467,23 @@ class Runs:
             )
 
     def _retry(self, run: Run, why: str, kind: str) -> None:
-        """Count the attempt, unless it got further than the one before; after too many, give the file up."""
-        progressed = run.saved_step > run.start_step
-        attempts = (0 if progressed else run.job.attempts) + 1
+        """Count the attempt, unless it got further than the one before; after too many, give the file up.
+
+        How far it got is read from the disk: the worker may have died between a commit and its word of it.
+        """
+        newest = self._context.newest()
+        saved_step = newest.global_step if newest else 0
+        if newest is not None and newest.lineage.has_trained(run.job.number, run.job.sha256):
+            self.finish(run.job, newest)
+            return
+        if run.stopping == "skip":
+            saved = run.plan.done_steps(saved_step)
+            self._end_skipped(run, f"while it failed ({why}); the model has its first {saved} steps", steps=saved)
+            return
+        if run.stopping:
+            self._context.ledger.move(run.job, JobState.QUEUED)
+            return
+        attempts = (0 if saved_step > run.start_step else run.job.attempts) + 1
         limit = self._context.settings.worker.max_attempts
         if attempts >= limit:
             self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
@@ -498,6 +513,16 @@ class Runs:
         if self.worker.ready and now - max(self._idle_since, self.worker.heard_at) > limit_s:
             self.worker.kill()
             self._context.say("released", "the worker was idle; its memory is released")
+
+
+def _other_rows(plan: Plan, trainable_rows: int) -> dict[str, Any]:
+    """Why a begun file cannot be gone on with: the order of its rows would mean other rows than before."""
+    return {
+        "kind": "changed",
+        "why": f"it was begun with {plan.rows + plan.held_out_rows} trainable rows, and prepared again it has"
+        f" {trainable_rows}: settings or libraries have changed since",
+        "fix": "take the change back and retry, or drop the file again to train it whole",
+    }
 
 
 def _even_share(batch_size: int, processes: int, limit: int) -> int:

@@ -139,7 +139,6 @@ class Waiting:
 
     job: int
     need_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def check(source: str) -> None:
         if not (Path(source) / "config.json").is_file():
             raise unusable(source, "the folder has no config.json")
         return
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if source.startswith(("/", ".", "~")) or source.partition("@")[0].count("/") > 1:
         raise unusable(source, "there is no such folder")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_TIMEOUT_S))
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(HUB_TIMEOUT_S))

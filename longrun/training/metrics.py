@@ -11,6 +11,8 @@ import torch
 from longrun import disk
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from longrun.home import Home
     from longrun.training.world import World
 
@@ -63,6 +65,15 @@ class Losses:
             self.last = value
 
 
+def _free(folder: Path) -> Path:
+    """The folder's name, or with a number where that is taken: a lineage may have been left more than once."""
+    number, name = 1, folder.name
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}.{number}")
+    return folder
+
+
 class Metrics:
     """Where the curves go. Rows and steps of a run that was rolled back appear again; the last ones count."""
 
@@ -84,12 +95,12 @@ class Metrics:
         self._writer = SummaryWriter(str(folder), purge_step=global_step + 1, flush_secs=10)
         self._lineage = lineage
 
-    def _put_aside_another(self, folder: Any, lineage: str) -> None:
+    def _put_aside_another(self, folder: Path, lineage: str) -> None:
         """A new model is a new run: the former one's curves move to a folder of their own."""
         mark = folder / "lineage"
         former = mark.read_text(encoding="utf-8") if mark.exists() else ""
         if former and former != lineage:
-            folder.rename(folder.with_name(f"tensorboard-{former[:8]}"))
+            folder.rename(_free(folder.with_name(f"tensorboard-{former[:8]}")))
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(lineage, encoding="utf-8")
 

@@ -41,6 +41,7 @@ TELL_S = 0.5  # between progress messages
 SAVE_SHARE = 0.02  # of the time may go into checkpoints, at the default interval
 SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a kill can cost
 LOOK_FOR_ROOM_S = 2.0
+ROWS_TOLD = 100_000  # of a skipped file; of a larger one only their number is told
 ROOM_MARGIN_BYTES = 32 << 20
 
 
@@ -62,6 +63,19 @@ class Silence:
         return []
 
 
+class Pulse:
+    """Lets the daemon know, now and then, that something long is getting on."""
+
+    def __init__(self, line: Line, doing: str) -> None:
+        self._line, self._doing = line, doing
+        self._told = 0.0
+
+    def __call__(self, count: int) -> None:  # noqa: ARG002
+        if time.monotonic() - self._told > TELL_S:
+            self._told = time.monotonic()
+            self._line.send(wire.Alive(doing=self._doing))
+
+
 class DiskFull(LongrunError):
     """The run was asked to stop while there was no room for its checkpoint."""
 
@@ -78,6 +92,7 @@ class Options:
     gradient_checkpointing: bool
     optim: str
     report_to: tuple[str, ...]
+    processes: int = 1
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -95,7 +110,9 @@ class Runner:
         self.device = base_model.find_device(options.dtype)
         self._args = _arguments(home, options, self.device)
         self.world = World()
-        self.metrics = Metrics(home, writes=self.world.leads, tensorboard=_has_tensorboard(options))
+        self.metrics = Metrics(
+            home, writes=self.world.leads, tensorboard="tensorboard" in _available(options.report_to)
+        )
 
     def run(self, task: wire.Train) -> wire.Ended:
         """Train the task's plan to its end, or until asked to stop. Raises Diverged, ModelRemoved, BadConfig."""
@@ -113,19 +130,23 @@ class Runner:
             trainer.train_dataset = session.rows
             trainer.args.max_steps = session.plan.target_step
             trainer.args.max_grad_norm = session.recipe.max_grad_norm
-            seconds = time.monotonic() - started
-            self._channel.send(
-                wire.Started(
-                    job=session.plan.job,
-                    global_step=session.progress.global_step,
-                    device=str(self.device),
-                    seconds=seconds,
-                    warm=warm and trainer.in_memory.weights == digest,
-                )
-            )
+            is_warm = warm and trainer.in_memory.weights == digest
+            session.on_begin = lambda: self._tell_started(session, time.monotonic() - started, warm=is_warm)
             trainer.train(resume_from_checkpoint=task.checkpoint)
             self.metrics.flush()
             return session.ended()
+
+    def _tell_started(self, session: Session, seconds: float, *, warm: bool) -> None:
+        """Said when model and optimizer stand ready: what fails before is no fault of the file."""
+        self._channel.send(
+            wire.Started(
+                job=session.plan.job,
+                global_step=session.progress.global_step,
+                device=str(self.device),
+                seconds=seconds,
+                warm=warm,
+            )
+        )
 
     def _load(self, task: wire.Train, newest: checkpoint.Checkpoint | None) -> PlannedTrainer:
         """A Trainer with the model of the checkpoint, or with the base model when there is none."""
@@ -177,14 +198,16 @@ def _arguments(home: Home, options: Options, device: base_model.Device) -> Train
         logging_nan_inf_filter=False,
         dataloader_pin_memory=device.name != "cpu",
         disable_tqdm=True,
-        report_to=[name for name in options.report_to if name != "tensorboard"] or "none",
+        report_to=[name for name in _available(options.report_to) if name != "tensorboard"] or "none",
     )
 
 
-def _has_tensorboard(options: Options) -> bool:
-    from importlib.util import find_spec
+def _available(report_to: tuple[str, ...]) -> list[str]:
+    """Those of the Trainer's integrations that are wanted and installed."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    return "tensorboard" in options.report_to and find_spec("tensorboard") is not None
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    return [name for name in report_to if name in installed]
 
 
 class Session:
@@ -216,6 +239,7 @@ class Session:
         self._losses = Losses(
             world, self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY
         )
+        self.on_begin: Callable[[], None] = lambda: None
         self._stop = ""
         self._eval_loss: float | None = None
         self._logged_at = self.progress.global_step
@@ -230,6 +254,11 @@ class Session:
         return self.plan.recipe
 
     # -- each step
+
+    def began(self) -> None:
+        now = time.monotonic()
+        self._began = self._told = self._saved = now  # loading took its time; training begins here
+        self.on_begin()
 
     def trained(self, loss: torch.Tensor, rows: list[int]) -> None:
         self._losses.add(loss, rows)
@@ -263,7 +292,7 @@ class Session:
         if steps:
             mean = (self._losses.sum - self._logged_sum) / steps
             self._logged_at, self._logged_sum = step, self._losses.sum
-            self._metrics.write(step, loss=mean, learning_rate=self._trainer.rate_used)
+            self._report(step, loss=mean, learning_rate=self._trainer.rate_used)
 
     def _tell(self, step: int, *, always: bool) -> None:
         now = time.monotonic()
@@ -279,8 +308,10 @@ class Session:
                 )
             )
 
-    def logged(self, global_step: int, logs: dict[str, float]) -> None:
-        """The Trainer's own summary of a run adds nothing to ours."""
+    def _report(self, step: int, **values: float) -> None:
+        self._metrics.write(step, **values)
+        if self._trainer.args.report_to:
+            self._trainer.log(dict(values))  # to the integrations besides TensorBoard
 
     # -- evaluating
 
@@ -305,7 +336,7 @@ class Session:
                 count += tokens
                 self._channel.send(wire.Alive(doing="evaluating"))
         loss = total / count
-        self._metrics.write(step, eval_loss=loss)
+        self._report(step, eval_loss=loss)
         return loss
 
     # -- saving
@@ -323,10 +354,13 @@ class Session:
         step = self._trainer.state.global_step
         lineage = self._lineage_at(step)
         digest = None
-        while digest is None:
-            self._wait_for_room()
+        self._wait_for_room()
+        while True:
             started = time.monotonic()
             digest = self._world.share(self._save_once(write, lineage))
+            if digest is not None:
+                break
+            self._wait_for_room(at_least_once=True)  # what is free is not always ours: quotas
         self._trainer.in_memory = InMemory(digest, digest)
         self._saved = time.monotonic()
         self._save_s = self._saved - started
@@ -336,12 +370,15 @@ class Session:
     def _save_once(self, write: Callable[[], None], lineage: Lineage) -> str | None:
         """The digest of the committed checkpoint; None when there turned out to be no room for it."""
         staged = self._home.staging / f"checkpoint-{lineage.global_step}"
+        alive = Pulse(self._channel, "saving")
         try:
             if self._world.leads:
-                disk.remove_tree(staged, self._home.staging)
+                for remains in self._home.staging.glob("checkpoint-*"):  # of a worker that died over it
+                    disk.remove_tree(remains, self._home.staging)
             write()
             if self._world.leads:
-                return self._model.commit(staged, lineage, keep=self._task.save_total_limit).digest
+                keep = self._task.save_total_limit
+                return self._model.commit(staged, lineage, keep=keep, on_bytes=alive).digest
         except (OSError, RuntimeError, SafetensorError) as error:
             if not self._was_for_want_of_room(error):
                 raise
@@ -366,10 +403,11 @@ class Session:
             rows = self._order[done * self.recipe.batch_size :][: self.recipe.batch_size]
             raise Diverged("a weight became nan or inf", self._trainer.state.global_step, rows.tolist())
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, *, at_least_once: bool = False) -> None:
         need = self._need_bytes() if self._world.leads else 0
-        while (free := disk.free_bytes(self._home.staging)) < need:
-            self._channel.send(wire.Waiting(job=self.plan.job, need_bytes=need, free_bytes=free))
+        while at_least_once or disk.free_bytes(self._home.staging) < need:
+            at_least_once = False
+            self._channel.send(wire.Waiting(job=self.plan.job, need_bytes=need))
             for message in self._channel.receive(LOOK_FOR_ROOM_S):
                 if isinstance(message, wire.Stop):
                     raise DiskFull("asked to stop while there is no room for a checkpoint")
@@ -392,7 +430,8 @@ class Session:
         step = self._trainer.state.global_step
         trained = self._order[: self.plan.done_steps(step) * self.recipe.batch_size]
         stopped = self._stop if step < self.plan.target_step else ""
-        rows = sorted({row + 1 for row in self._row_numbers(trained)}) if stopped == "skip" else []
+        told = stopped == "skip" and len(trained) <= ROWS_TOLD
+        rows = sorted({row + 1 for row in self._row_numbers(trained)}) if told else []
         return wire.Ended(job=self.plan.job, global_step=step, stopped=stopped, rows_trained=rows)
 
     def _row_numbers(self, indices: Any) -> list[int]:

@@ -131,8 +131,14 @@ class Preparer:
     def _examine(self, task: wire.Examine) -> wire.Examined:
         from longrun.examine import examine
 
-        found = examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes)
-        return wire.Examined(job=task.job, facts={**vars(found), "format": found.format.value})
+        found = examine(
+            Path(task.path),
+            on_bad_row=task.on_bad_row,
+            max_line_bytes=task.max_line_bytes,
+            alive=lambda rows: self._channel.send(wire.Alive(doing=f"{rows} rows read")),
+        )
+        facts = {**vars(found), "format": found.format.value, "on_bad_row": task.on_bad_row}
+        return wire.Examined(job=task.job, facts=facts)
 
     def _prepare(self, task: wire.Prepare) -> wire.Prepared:
         from longrun.training.prepare import prepare

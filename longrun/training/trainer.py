@@ -31,13 +31,13 @@ class Conductor(Protocol):
     @property
     def recipe(self) -> Recipe: ...
 
+    def began(self) -> None: ...
+
     def trained(self, loss: torch.Tensor, rows: list[int]) -> None: ...
 
     def step_ended(self, state: TrainerState, control: TrainerControl) -> None: ...
 
     def save(self, write: Callable[[], None]) -> None: ...
-
-    def logged(self, global_step: int, logs: dict[str, float]) -> None: ...
 
 
 @dataclass
@@ -142,6 +142,7 @@ class _Beat(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.apply_recipe(state.global_step)
+        self._trainer.conductor.began()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         reseed(self._trainer.conductor.recipe.seed, state.global_step, args.process_index)
@@ -160,10 +161,8 @@ class _Beat(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        self._trainer.conductor.logged(state.global_step, logs or {})
         # The history lives in logs/metrics.jsonl: in the state it would make each checkpoint dearer than the last.
         del state.log_history[:]
 

@@ -1,4 +1,4 @@
-"""The processes of one worker. One is the rule; more are started by `accelerate launch`, and the first leads.
+"""The processes of one worker. One is the rule; more are started by torch's launcher, and the first leads.
 
 Only the first talks to the daemon, writes checkpoints and decides; the others hear its decisions. They do so over
 a group of their own on the CPU, so that waiting for work neither keeps a GPU busy nor runs into a time limit.

@@ -53,7 +53,6 @@ OF_MODULES = {
 ALLOWED = {
     ("checkpoint", "write_text"): "into the staging folder, which only its worker reads before the commit",
     ("requests", "unlink"): "a request is one small file, and its maker never looks at it again",
-    ("context", "unlink"): "retention of files that are done with",
     ("wire", "unlink"): "the socket of a former daemon",
     ("demo", "copy"): "a drop into the inbox, as a person makes one with cp",
     ("demo", "write_text"): "the settings of a home that nobody uses yet",
