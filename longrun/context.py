@@ -31,6 +31,8 @@ class Context:
     notifier: Notifier
     problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
     rejected_now: int = 0  # since this daemon started
+    ended_now: int = 0  # jobs trained or rejected since then
+    told_undone: set[int] = field(default_factory=set)  # trained jobs that a former checkpoint does not have
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
@@ -91,11 +93,13 @@ class Context:
 
     def _tell_undone(self, newest: checkpoint.Checkpoint) -> None:
         """The model went back behind files that are in trained/: whether to train them again is for a person."""
-        names = [
-            job.name
+        undone = {
+            job.number: job.name
             for job in self.ledger.in_state(JobState.TRAINED)
             if not newest.lineage.has_trained(job.number, job.sha256)
-        ]
+        }
+        names = [name for number, name in undone.items() if number not in self.told_undone]
+        self.told_undone = set(undone)
         if names:
             self.say(
                 "undone",
@@ -135,6 +139,7 @@ class Context:
     def finish(self, job: Job) -> None:
         """The lineage says that the job was trained: book it and put the file away."""
         done = self.ledger.move(job, JobState.TRAINED, attempts=0)
+        self.ended_now += 1
         archive.put_away(self.home, done)
         self._sweep()
 
@@ -143,6 +148,7 @@ class Context:
         text = _in_words(reason)
         refused = self.ledger.move(job, JobState.REJECTED, reason=json.dumps(reason))
         self.rejected_now += 1
+        self.ended_now += 1
         place = archive.put_away(self.home, refused)
         self.say(
             "rejected",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TICK_S = 0.5
 REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
 ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
+LOOKS_AT_A_BAD_MODEL = 3  # when draining
 QUEUE_SHOWN = 100
 
 
@@ -51,6 +52,7 @@ class Daemon:
         self._next_scan = 0.0
         self._paused = False  # by the operator
         self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
+        self._model_troubles = (0, 0)  # how many jobs had ended, and how often trouble came since
         self._untidy = False
         self._trouble_over = 0.0  # monotonic: when to look again
         self._bad_model_since: float | None = None
@@ -74,7 +76,7 @@ class Daemon:
                 raise
             finally:
                 self._leave()
-        return self._context.rejected_now == 0 and not (self._drain and self._trouble)
+        return self._context.rejected_now == 0 and not self._hopeless
 
     # -- start and end
 
@@ -177,6 +179,10 @@ class Daemon:
     def _stand_still(self, now: float, trouble: str, error: Exception) -> None:
         self._context.problem(trouble, f"paused: {trouble}. {error}")
         self._trouble = trouble
+        if trouble == "model":
+            since_ended, looks = self._model_troubles
+            ended = self._context.ended_now
+            self._model_troubles = (ended, looks + 1 if since_ended == ended else 1)
         self._untidy = True  # it may have struck between a move and its record
         self._trouble_over = now + self._context.settings.worker.retry_s
 
@@ -354,8 +360,13 @@ class Daemon:
             return True
         if self._leaving:
             return self._runs.current is None
-        # A person started this and waits for it: what only a person can mend is said by leaving.
-        return self._drain and (self._nothing_left() or self._trouble == "model")
+        return self._drain and (self._nothing_left() or self._hopeless)
+
+    @property
+    def _hopeless(self) -> bool:
+        """Draining, somebody waits for the end: what only a person can mend is said by leaving."""
+        since_ended, looks = self._model_troubles
+        return since_ended == self._context.ended_now and looks >= LOOKS_AT_A_BAD_MODEL
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
