@@ -1,0 +1,47 @@
+"""What is on disk counts, not what a process managed to say before it died."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.lab import LIMIT_S, REPOSITORY, numbered
+
+
+def test_a_file_whose_last_commit_was_never_told_is_trained_and_not_given_up(make_lab):
+    lab = make_lab(**{"train.batch_size": 4, "worker.max_attempts": 1})
+    lab.drop("a.jsonl", 10)
+    killed = {"at": "longrun.checkpoint:OpenModel.commit", "role": "worker", "when": "after", "do": "kill"}
+    assert lab.drain(faults=[killed]) == 0
+    assert lab.names("trained") == {"a.jsonl"}
+    assert lab.times_trained("a", 10) == {1: 10}
+    assert lab.global_step == 3
+
+
+def test_a_begun_file_keeps_the_rows_it_was_examined_with_when_bad_rows_become_forbidden(make_lab):
+    settings = {"train.batch_size": 4, "train.save_steps": 2}
+    lab = make_lab(**settings, **{"inbox.on_bad_row": "skip"})
+    rows = numbered("a", 24)
+    lab.drop("a.jsonl", [*rows[:9], {"messages": []}, *rows[9:]])
+    # Dies when the second checkpoint is committed; the next start finds the file in its middle.
+    killed = {"at": "longrun.runs:Runs._saved", "role": "daemon", "nth": 2, "do": "kill"}
+    assert lab.drain(faults=[killed]) != 0
+    lab.configure(**settings, **{"inbox.on_bad_row": "reject", "inbox.settle_s": 0.3})
+    assert lab.drain() == 0
+    assert lab.times_trained("a", 24) == {1: 24}
+    assert lab.names("rejected") == set()
+
+
+def test_a_file_trained_by_hand_and_cut_off_before_its_first_look_is_trained_once(lab, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    lab.drop("mine.jsonl", 8).rename(file)
+    killed = {"at": "longrun.preparation:Preparation.next", "role": "daemon", "do": "kill"}
+    command = [sys.executable, str(REPOSITORY / "train.py"), str(file), "--home", str(lab.home)]
+    for faults, code in (([killed], -9), ([], 0)):
+        done = subprocess.run(
+            command, env=lab.environment(faults), cwd=lab.home, capture_output=True, timeout=LIMIT_S, check=False
+        )
+        assert done.returncode == code, done.stderr
+    assert lab.drain() == 0
+    assert lab.times_trained("mine", 8) == {1: 8}
+    assert lab.names("trained") == {"mine.jsonl"}
