@@ -35,6 +35,11 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except BrokenPipeError:  # `daemon.py ... | head`
         return ExitCode.FAILURE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(f"daemon.py: {error}; use .venv/bin/python, which `make run` sets up", file=sys.stderr)
+        return ExitCode.FAILURE
     except OSError as error:
         print(f"daemon.py: {error}", file=sys.stderr)
         return ExitCode.FAILURE

@@ -20,8 +20,8 @@ from longrun.home import Home, find_home
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    home = find_home(args.home)
     try:
+        home = find_home(args.home)
         if _was_child(args, home):
             return ExitCode.OK
         return _by_hand(args, home)
@@ -29,6 +29,11 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `train.py ... | head`
+        return ExitCode.FAILURE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(f"train.py: {error}; use .venv/bin/python, which `make run` sets up", file=sys.stderr)
         return ExitCode.FAILURE
     except OSError as error:
         print(f"train.py: {error}", file=sys.stderr)

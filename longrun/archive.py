@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from longrun.home import Home
 
+ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?\Z", re.IGNORECASE)
 NAME_MAX_BYTES = 255
 REASON = ".reason.json"
 SECONDS_A_DAY = 86400

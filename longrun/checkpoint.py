@@ -356,6 +356,9 @@ def seal(folder: Path, lineage: Lineage, on_bytes: Callable[[int], None] = lambd
     for name in NEVER_KEPT:
         disk.remove_file(folder / name)
     (folder / LINEAGE).write_text(lineage.to_json(), encoding="utf-8")
+    mode = (folder / LINEAGE).stat().st_mode & 0o777
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors makes files for their owner only, and a server may be somebody else
     files = {
         path.name: {"size": path.stat().st_size, "sha256": disk.hash_file(path, on_bytes)}
         for path in sorted(folder.iterdir())

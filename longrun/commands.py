@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, config, disk, requests, status
+from longrun.archive import ACCEPTED
 from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning
 from longrun.journal import printable
 from longrun.plan import make_plan
@@ -45,6 +46,7 @@ def show_status(home: Home, *, as_json: bool) -> int:
 
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
     pid = f" (pid {facts['pid']})" if facts["pid"] else ""
+    yield f"home         {facts['home']}"
     yield f"state        {facts['state']}{pid}"
     if "stale_s" in facts:
         yield f"             has not answered for {facts['stale_s']} s: it may hang"
@@ -55,8 +57,11 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"training     {current['file']}: {current['done_steps']} of {current['planned_steps']} steps{left}"
         yield f"             from global step {current['base_step']} to {current['target_step']}"
     yield f"queue        {facts['queued']}" + (f": {', '.join(facts['queue'][:5])}" if facts["queue"] else "")
-    for name in facts.get("being_written", [])[:5]:
-        yield f"             inbox/{name} is still being written"
+    for name in facts.get("settling", [])[:5]:
+        written = name in facts.get("being_written", [])
+        yield f"             inbox/{name} {'is still being written' if written else 'arrives'}"
+    for name in facts.get("left", [])[:5]:
+        yield f"             inbox/{name} is left alone; the log says why"
     yield f"trained      {facts['trained']}"
     yield f"rejected     {facts['rejected']}" + ("  (rejected/*.reason.json say why)" if facts["rejected"] else "")
     for problem in facts["problems"]:
@@ -126,20 +131,26 @@ def retry(home: Home, name: str) -> int:
 def put(home: Home, files: list[Path]) -> int:
     """Copy files into the inbox so that they appear there whole."""
     for file in files:
-        if not file.is_file():
-            raise LongrunError(f"cannot put {file}: there is no such file", hint="check the path")
+        _check_is_file(file, "put")
+        if not ACCEPTED.search(file.name):
+            raise LongrunError(f"cannot put {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst")
     home.inbox.mkdir(parents=True, exist_ok=True)
     for file in files:
         say(f"inbox/{printable(archive.put(home, file).name)}")
     return ExitCode.OK
 
 
+def _check_is_file(file: Path, what: str) -> None:
+    if not file.is_file():
+        why = "it is not a file" if file.exists() else "there is no such file"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="check the path")
+
+
 def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
     """Examine a file as the daemon would, without training it."""
     from longrun.examine import examine
 
-    if not file.is_file():
-        raise LongrunError(f"cannot check {file}: there is no such file", hint="check the path")
+    _check_is_file(file, "check")
     settings = config.load(home.settings, flags=flags)
     try:
         found = examine(file, on_bad_row=settings.inbox.on_bad_row, max_line_bytes=settings.inbox.max_line_bytes)

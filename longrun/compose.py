@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, config, disk, requests
 from longrun.context import Context
-from longrun.errors import BadConfig, BadModel, ExitCode, Locked
+from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError
 from longrun.journal import Journal
 from longrun.ledger import Ledger
 from longrun.loop import Daemon
@@ -31,6 +31,10 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     check_home(home)
     home.make()
     with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
+        if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
+            raise LongrunError(
+                f"training is paused in {home.root}, so this would wait for ever", hint="`daemon.py resume`"
+            )
         for void in (requests.STOP, requests.SKIP):  # they were for the daemon before
             requests.clear(home, void)
         check_one_file_system(home)
@@ -56,7 +60,8 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
 
 def check_readable(file: Path) -> None:
     if not file.is_file():
-        raise BadConfig(f"cannot train {file}: there is no such file", hint="check the path")
+        why = "it is not a file" if file.exists() else "there is no such file"
+        raise LongrunError(f"cannot train {file}: {why}", hint="check the path")
 
 
 def check_home(home: Home) -> None:

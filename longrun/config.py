@@ -135,6 +135,8 @@ SECTIONS: dict[str, type[Any]] = {
     "log": LogSettings,
 }
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of words"}
+
 # TrainingArguments' names that cannot be settings here, each with the reason.
 REFUSED = {
     "max_steps": "it is computed for every file: the steps so far plus this file's. Set num_train_epochs",
@@ -200,9 +202,9 @@ def _from_file(path: Path) -> dict[str, Any]:
     found = {}
     for section, table in tables.items():
         if section not in SECTIONS:
-            raise BadConfig(
-                f"{path.name} has an unknown section [{section}]", hint=_did_you_mean(section, list(SECTIONS))
-            )
+            home = next((name for name, known in SECTIONS.items() if section in known.__dataclass_fields__), None)
+            hint = f"write it below [{home}]" if home else _did_you_mean(section, list(SECTIONS))
+            raise BadConfig(f"{path.name} has an unknown section or loose setting: {section}", hint=hint)
         if not isinstance(table, dict):
             raise BadConfig(f"{path.name}: {section} must be a table", hint=f"write [{section}] on a line of its own")
         found.update({f"{section}.{key}": value for key, value in table.items()})
@@ -229,8 +231,8 @@ def _checked(key: str, value: Any, source: str) -> Any:
     try:
         converted = _convert(value, default)
     except (TypeError, ValueError, OverflowError):
-        kind = "list of words" if isinstance(default, tuple) else type(default).__name__
-        raise BadConfig(f"{key} = {value!r} ({source}) is not a {kind}", hint=f"the default is {default!r}") from None
+        kind = KINDS[type(default)]
+        raise BadConfig(f"{key} = {value!r} ({source}) is not {kind}", hint=f"the default is {default!r}") from None
     _check_limits(key, converted, known[name].metadata, source)
     return converted
 

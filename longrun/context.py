@@ -152,7 +152,8 @@ class Context:
         place = archive.put_away(self.home, refused)
         self.say(
             "rejected",
-            f"{job.name} is rejected: {text} (kept as rejected/{place.name if place else job.name})",
+            f"{job.name} is rejected: {text} (rejected/{place.name if place else job.name}; once it is"
+            " mended there, `daemon.py retry` drops it again)",
             level="warning",
             job=job.number,
             file=job.name,

@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     NOT_RUNNING = 3
     LOCKED = 75
     BAD_CONFIG = 78
+    INTERRUPTED = 130  # Ctrl-C before there was anything to save
 
 
 class LongrunError(Exception):

@@ -300,7 +300,7 @@ def _message(found: Any, field: str) -> dict[str, Any]:
     message: dict[str, Any] = found
     role = message.get("role")
     if role not in _ROLES:
-        raise _bad(f"{field}.role", "is not a known role", role, f"Use one of {', '.join(_ROLES)}")
+        raise _bad(f"{field}.role", f"is {_shown(role)}, not a known role", role, f"Use one of {', '.join(_ROLES)}")
     if message.get("weight", 1) != 1:
         hint = "Leave the row out, or end it before this turn"
         raise _bad(f"{field}.weight", "is not 1, and turns cannot be weighted", message["weight"], hint)
@@ -321,7 +321,8 @@ def _content(content: Any, field: str) -> str:
     if isinstance(content, list):
         return "".join(_part(part, f"{field}[{index}]") for index, part in enumerate(content))
     hint = "Write a string; only an assistant message with tool_calls may do without"
-    raise _bad(field, f"is {_kind(content)}, not a string", content, hint)
+    why = "is missing" if content is None else f"is {_kind(content)}, not a string"
+    raise _bad(field, why, content, hint)
 
 
 def _part(part: Any, field: str) -> str:

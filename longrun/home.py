@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from longrun.errors import BadConfig
+
 # Of a job's prepared folder: what the tokens were made from, and the tokens.
 FACTS = "facts.json"
 ROWS = "rows.arrow"
@@ -114,4 +116,7 @@ class Home:
 
 def find_home(flag: str | None) -> Home:
     """--home, else LONGRUN_HOME, else the current directory; with symbolic links resolved once."""
-    return Home(Path(flag or os.environ.get("LONGRUN_HOME") or ".").resolve())
+    root = Path(flag or os.environ.get("LONGRUN_HOME") or ".").resolve()
+    if root.exists() and not root.is_dir():
+        raise BadConfig(f"cannot use {root} as home: it is not a folder", hint="name a folder, or leave --home out")
+    return Home(root)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longrun import archive, disk
+from longrun.archive import ACCEPTED
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from longrun.config import InboxSettings
     from longrun.home import Home
 
-ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?\Z", re.IGNORECASE)
 TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
 CLAIM_AT_ONCE = 500  # files a tick: bounds the tick, not the inbox
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
@@ -54,6 +54,11 @@ class Inbox:
         self._seen: dict[str, _Seen] = {}
         self._written: set[str] = set()
         self._told: set[str] = set()
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Entries that are no files to train, for status."""
+        return sorted(self._told)
 
     @property
     def settling(self) -> list[str]:

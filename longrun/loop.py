@@ -60,7 +60,10 @@ class Daemon:
         self._told_at = 0.0
 
     def run(self) -> bool:
-        """Work until asked to leave or, draining, until nothing is left; whether no file was rejected."""
+        """Work until asked to leave or, draining, until nothing is left.
+
+        Whether all went well: no file was rejected and, by hand, none was left for later.
+        """
         with self._signals_handled():
             self._start()
             try:
@@ -69,14 +72,15 @@ class Daemon:
             except sqlite3.Error as error:
                 why = f"cannot go on: the ledger {self._context.home.ledger}: {error}"
                 raise LongrunError(why, hint="start again; a ledger that was moved away is made anew") from error
-            except OSError as error:
+            except Exception as error:
                 self._context.say(
-                    "failed", f"cannot go on: {error}. The next start finds everything as it is", level="error"
+                    "failed", f"cannot go on: {error!r}. The next start finds everything as it is", level="error"
                 )
                 raise
             finally:
                 self._leave()
-        return self._context.rejected_now == 0 and not self._hopeless
+        unfinished = self._by_hand is not None and bool(self._context.waiting(limit=1))
+        return self._context.rejected_now == 0 and not self._hopeless and not unfinished
 
     # -- start and end
 
@@ -163,6 +167,7 @@ class Daemon:
         self._runs.hear(now)
         self._preparation.hear(now)
         self._obey(now)
+        self._context.reload_settings(self._context.seen)
         self._runs.check_model()
         over = now >= self._trouble_over
         if over and self._untidy:
@@ -268,7 +273,6 @@ class Daemon:
         usable, newest = self._look_at_model(now)
         if not usable:
             return
-        self._context.reload_settings(newest)
         self._runs.warm_up(now)
         if first.state is not JobState.QUEUED or self._is_trained(first, newest):
             return
@@ -332,6 +336,7 @@ class Daemon:
             "queue": [job.name for job in ledger.in_state(*WAITING, limit=QUEUE_SHOWN)],
             "queued": ledger.count(*WAITING),
             "settling": self._inbox.settling[:QUEUE_SHOWN],
+            "left": self._inbox.left_alone[:QUEUE_SHOWN],
             "being_written": self._inbox.being_written[:QUEUE_SHOWN],
             "preparing": self._preparation.doing,
             "trained": ledger.count(JobState.TRAINED),

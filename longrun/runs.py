@@ -85,6 +85,7 @@ class Runs:
         if self.worker.running and self.worker.options != options and self.current is None:
             self.worker.kill()
         if not self.worker.running:
+            self._context.say("starting", "the training process is starting")
             self.worker.start(options, now, processes=settings.worker.processes)
 
     def start(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any], now: float) -> None:
@@ -215,6 +216,8 @@ class Runs:
         run.stopping = why
         if run.started:
             self.worker.send(wire.Stop(why=why), now)
+            again = "; a second signal leaves at once" if why == "stop" else ""
+            self._context.say("asked", f"{why}: at the next step boundary, after a checkpoint{again}")
         elif why != "skip" or run.saved_step == run.plan.base_step:  # nothing new to save, no rows to name
             self.worker.kill()
             self._over(run)
@@ -373,7 +376,7 @@ class Runs:
         elif newest.lineage.has_trained(run.job.number, run.job.sha256):
             self.finish(run.job, newest)
         elif message.stopped:
-            self._end_stopped(run, message.stopped, message.rows_trained)
+            self._end_stopped(run, "skip" if run.stopping == "skip" else message.stopped, message.rows_trained)
         else:
             self._retry(run, "the worker said it was done, but no verified checkpoint says so", "crash")
 
@@ -404,7 +407,7 @@ class Runs:
         if why == "skip":
             count = min(done * run.plan.recipe.batch_size, run.plan.rows)
             how_far = f"after {done} of {run.plan.planned_steps} steps; {count} of {run.plan.rows} rows were trained"
-            self._end_skipped(run, how_far, rows_trained=rows_trained)
+            self._end_skipped(run, how_far, steps=done, rows_trained=rows_trained)
             return
         self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.say(

@@ -38,11 +38,20 @@ def read(home: Home) -> dict[str, Any]:
     written_at = facts.pop("written_at", None)
     held = disk.holder(home.daemon_lock)
     if held is None:
-        return facts | {"state": "stopped", "pid": None, "current": None}
+        return _unfinished(facts) | {"state": "stopped", "pid": None, "worker_pid": None, "preparer_pid": None}
     if held.get("pid") != facts["pid"] or not isinstance(written_at, float):
         return facts | {"state": "starting", "pid": held.get("pid"), "current": None}
     age_s = time.time() - written_at
     return facts | {"stale_s": round(age_s)} if age_s > STALE_S else facts
+
+
+def _unfinished(facts: dict[str, Any]) -> dict[str, Any]:
+    """The note of a daemon that was killed: the file it was training is the first that the next one takes up."""
+    current = facts["current"]
+    if not isinstance(current, dict):
+        return facts | {"current": None}
+    queue = [current["file"], *facts["queue"]]
+    return facts | {"current": None, "queue": queue, "queued": facts["queued"] + 1}
 
 
 def _note(home: Home) -> dict[str, Any]:

@@ -608,3 +608,16 @@ def test_a_glance_notices_that_all_checkpoints_are_gone(home):
         shutil.rmtree(path)
         with pytest.raises(ModelRemoved):
             model.glance()
+
+
+def test_a_checkpoint_can_be_read_by_whoever_can_read_its_neighbours(home: Home) -> None:
+    folder = stage(home, 5)
+    (folder / "model.safetensors").chmod(0o600)  # as safetensors leaves it
+    checkpoint.seal(folder, lineage_at(5))
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~current_umask()}
+
+
+def current_umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask

@@ -45,7 +45,7 @@ def note(home: Home, **facts: Any) -> None:
 
 def test_status_of_a_stopped_daemon_has_its_exit_code(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.show_status(home, as_json=False) == 3
-    assert capsys.readouterr().out.startswith("state        stopped\nglobal step  0\n")
+    assert capsys.readouterr().out.split("\n", 1)[1].startswith("state        stopped\nglobal step  0\n")
     assert commands.show_status(home, as_json=True) == 3
     assert json.loads(capsys.readouterr().out)["state"] == "stopped"
 
@@ -53,7 +53,13 @@ def test_status_of_a_stopped_daemon_has_its_exit_code(home: Home, capsys: pytest
 @pytest.mark.usefixtures("daemon")
 def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"{number}.jsonl" for number in range(6)]
-    told: dict[str, Any] = {"being_written": ["w.jsonl"], "problems": ["paused: disk"], "rejected": 2}
+    told: dict[str, Any] = {
+        "being_written": ["w.jsonl"],
+        "settling": ["s.jsonl", "w.jsonl"],
+        "left": ["notes.txt"],
+        "problems": ["paused: disk"],
+        "rejected": 2,
+    }
     note(home, state="training", global_step=11, current=CURRENT, queue=names, queued=6, **told)
     assert commands.show_status(home, as_json=False) == 0
     shown = capsys.readouterr().out
@@ -255,3 +261,17 @@ def test_the_doctor_names_a_base_model_that_cannot_be_loaded(
     told = capsys.readouterr().out
     assert "BAD  base model   org/name cannot be loaded" in told
     assert "BAD  device       torch cannot be started" in told
+
+
+def test_only_files_that_would_be_trained_can_be_put(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("hello")
+    with pytest.raises(LongrunError, match=r"does not end in \.jsonl"):
+        commands.put(home, [tmp_path / "README.md"])
+    assert list(home.inbox.iterdir()) == []
+
+
+def test_a_folder_is_told_from_a_file_that_is_not_there(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(LongrunError, match="it is not a file"):
+        commands.check(home, tmp_path, {})
+    with pytest.raises(LongrunError, match="there is no such file"):
+        commands.check(home, tmp_path / "x.jsonl", {})

@@ -3,12 +3,13 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING
 
+import pytest
+
+from longrun.errors import BadConfig
 from longrun.home import Home, find_home
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 
 def test_a_home_is_made_without_a_model(home: Home) -> None:
@@ -46,3 +47,9 @@ def test_everything_has_its_place(home: Home) -> None:
     assert all(path.parent == home.state for path in within)
     assert home.log == home.root / "logs/daemon.log"
     assert (home.model.name, home.backups.name, home.settings.name) == ("current_model", "backups", "longrun.toml")
+
+
+def test_a_file_is_no_home(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("hello")
+    with pytest.raises(BadConfig, match="it is not a folder"):
+        find_home(str(tmp_path / "README.md"))

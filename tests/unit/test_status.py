@@ -100,3 +100,9 @@ def test_a_full_disk_can_still_be_told(home: Home, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(disk, "write_file", full)
     status.write(home, TRAINING | {"state": "paused: disk"})
     assert status.read(home)["state"] == "paused: disk"
+
+
+def test_the_file_that_a_killed_daemon_was_training_is_the_first_in_the_queue(home: Home) -> None:
+    status.write(home, TRAINING | {"queue": ["y.jsonl"], "queued": 1, "worker_pid": 7})
+    facts = status.read(home)
+    assert (facts["queue"], facts["queued"], facts["worker_pid"]) == (["x.jsonl", "y.jsonl"], 2, None)
