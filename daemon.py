@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun import __version__
-from longrun.errors import ExitCode, LongrunError
+from longrun.errors import exit_code
 from longrun.home import Home, find_home
 
 if TYPE_CHECKING:
@@ -28,21 +28,7 @@ exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another proces
 def main(argv: list[str]) -> int:
     args = _parse(argv)
     flags = {"model.base_model": args.base_model, "log.format": args.log_format}
-    try:
-        return _do(args, find_home(args.home), flags)
-    except LongrunError as error:
-        print(f"daemon.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # `daemon.py ... | head`
-        return ExitCode.FAILURE
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    except ModuleNotFoundError as error:
-        print(f"daemon.py: {error}; use .venv/bin/python, which `make run` sets up", file=sys.stderr)
-        return ExitCode.FAILURE
-    except OSError as error:
-        print(f"daemon.py: {error}", file=sys.stderr)
-        return ExitCode.FAILURE
+    return exit_code("daemon.py", lambda: _do(args, find_home(args.home), flags))
 
 
 def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:

@@ -14,30 +14,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from longrun.errors import ExitCode, LongrunError
+from longrun.errors import ExitCode, exit_code
 from longrun.home import Home, find_home
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    try:
-        home = find_home(args.home)
-        if _was_child(args, home):
-            return ExitCode.OK
-        return _by_hand(args, home)
-    except LongrunError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # `train.py ... | head`
-        return ExitCode.FAILURE
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    except ModuleNotFoundError as error:
-        print(f"train.py: {error}; use .venv/bin/python, which `make run` sets up", file=sys.stderr)
-        return ExitCode.FAILURE
-    except OSError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return ExitCode.FAILURE
+    return exit_code("train.py", lambda: _do(args, find_home(args.home)))
+
+
+def _do(args: argparse.Namespace, home: Home) -> int:
+    return ExitCode.OK if _was_child(args, home) else _by_hand(args, home)
 
 
 def _parser() -> argparse.ArgumentParser:

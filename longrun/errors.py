@@ -13,8 +13,12 @@ Every message names what was attempted, on what, why it failed; `hint` says what
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class ExitCode(IntEnum):
@@ -113,3 +117,24 @@ class BadFile(LongrunError):
             "fix": self.hint or None,
         }
         return {key: value for key, value in found.items() if value is not None}
+
+
+def exit_code(program: str, work: Callable[[], int]) -> int:
+    """Do a program's work; what a person can act on becomes one sentence on stderr and an exit code."""
+    try:
+        return work()
+    except LongrunError as error:
+        return _told(program, str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        return _told(program, f"{error}; use .venv/bin/python, which `make run` sets up", ExitCode.FAILURE)
+    except BrokenPipeError:  # `daemon.py status | head`
+        return ExitCode.FAILURE
+    except OSError as error:
+        return _told(program, str(error), ExitCode.FAILURE)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def _told(program: str, sentence: str, code: ExitCode) -> int:
+    print(f"{program}: {sentence}", file=sys.stderr)  # noqa: T201
+    return code

@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, wire
+from longrun import checkpoint, fitting, wire
 from longrun.errors import BadFile, BadModel, ModelRemoved
 from longrun.job import Job, JobState
 from longrun.plan import Plan, make_plan
@@ -22,8 +22,6 @@ from longrun.worker import Child
 if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
-
-FITTING = "rows that fit a device"  # ledger fact: what an out-of-memory taught
 
 
 @dataclass
@@ -167,7 +165,7 @@ class Runs:
         """What a worker is started with and cannot change later."""
         settings = self._context.settings
         fixed = {
-            "per_device": self.per_device(batch_size),
+            "per_device": fitting.rows_at_once(self._context, batch_size),
             "batch_size": batch_size,
             "dtype": settings.model.dtype,
             "attn_implementation": settings.model.attn_implementation,
@@ -178,33 +176,6 @@ class Runs:
             "processes": settings.worker.processes,
         }
         return ("--options", json.dumps(fixed))
-
-    # -- out of memory
-
-    def per_device(self, batch_size: int) -> int:
-        """Rows at once on a device: as set, or fewer since that was seen not to fit; devices share a step evenly."""
-        settings = self._context.settings
-        wanted = settings.train.per_device_train_batch_size or batch_size
-        learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
-        limit = min(wanted, int(learnt.get(self._situation(batch_size), wanted)))
-        return _even_share(batch_size, settings.worker.processes, limit)
-
-    def _situation(self, batch_size: int) -> str:
-        settings = self._context.settings
-        return f"{batch_size} x {settings.train.max_length} tokens, {settings.model.base_model}"
-
-    def _make_smaller(self, batch_size: int, attempts: int) -> None:
-        """Half as many rows at once, and one before the last attempt; each step still trains batch_size rows."""
-        last = attempts + 1 >= self._context.settings.worker.max_attempts
-        limit = 1 if last else max(1, self.per_device(batch_size) // 2)
-        fitting = _even_share(batch_size, self._context.settings.worker.processes, limit)
-        learnt = json.loads(self._context.ledger.fact(FITTING) or "{}")
-        self._context.ledger.set_fact(FITTING, json.dumps(learnt | {self._situation(batch_size): fitting}))
-        self._context.say(
-            "smaller batches",
-            f"from now on {fitting} rows at once on a device; a step still trains {batch_size} rows",
-            level="warning",
-        )
 
     # -- stopping
 
@@ -492,7 +463,7 @@ class Runs:
             self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
             return
         if kind == "out of memory":
-            self._make_smaller(run.plan.recipe.batch_size, attempts)
+            fitting.make_smaller(self._context, run.plan.recipe.batch_size, attempts)
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
         self._context.say(
             "retry",
@@ -526,14 +497,3 @@ def _other_rows(plan: Plan, trainable_rows: int) -> dict[str, Any]:
         f" {trainable_rows}: settings or libraries have changed since",
         "fix": "take the change back and retry, or drop the file again to train it whole",
     }
-
-
-def _even_share(batch_size: int, processes: int, limit: int) -> int:
-    """The most rows at once, at most `limit`, with which every process trains the same number of a step's rows."""
-    shares = [rows for rows in range(1, limit + 1) if batch_size % (rows * processes) == 0]
-    if not shares:
-        raise BadModel(
-            f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
-            hint="set worker.processes to a divisor until that file is trained",
-        )
-    return shares[-1]

@@ -33,7 +33,7 @@ FLOORS = {
         "status",
     ],
     "pulse": ["journal", "notify", "inbox", "worker"],
-    "loop": ["context", "preparation", "runs", "loop"],
+    "loop": ["context", "fitting", "preparation", "runs", "loop"],
     "programs": ["compose", "commands", "demo"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]

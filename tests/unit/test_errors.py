@@ -2,7 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from longrun.errors import BadConfig, BadFile, BadModel, ExitCode, Locked, LongrunError, ModelRemoved, NotRunning
+from longrun.errors import (
+    BadConfig,
+    BadFile,
+    BadModel,
+    ExitCode,
+    Locked,
+    LongrunError,
+    ModelRemoved,
+    NotRunning,
+    exit_code,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +44,23 @@ def test_a_reason_holds_only_what_is_known() -> None:
         "byte": 0,
         "fix": "fix",
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Locked("held by pid 7", hint="stop it"), 75, "daemon.py: held by pid 7; stop it\n"),
+        (ModuleNotFoundError("No module named 'torch'"), 1, "daemon.py: No module named 'torch'; use .venv/bin/python"),
+        (PermissionError(13, "Permission denied", "x"), 1, "daemon.py: [Errno 13] Permission denied: 'x'\n"),
+        (BrokenPipeError(), 1, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_program_ends_in_one_sentence_and_a_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    def work() -> int:
+        raise error
+
+    assert exit_code("daemon.py", work) == code
+    assert capsys.readouterr().err.startswith(said)
