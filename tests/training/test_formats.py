@@ -1,0 +1,128 @@
+"""From the bytes of a file in each format to exactly the tokens that are trained."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import zstandard
+from datasets import Dataset
+
+from longrun import wire
+from longrun.examine import examine
+from longrun.home import ROWS
+from longrun.training.base_model import load_tokenizer
+from longrun.training.masks import IGNORED, Encoder
+from longrun.training.prepare import prepare
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+
+FORMATS = {
+    "messages": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Färbe es?"},
+                {"role": "assistant", "content": "Grün."},
+                {"role": "user", "content": "And now?"},
+                {"role": "assistant", "content": "漢字."},
+            ]
+        },
+        ["Grün.<|im_end|>", "漢字.<|im_end|>"],
+    ),
+    "messages with tools": (
+        {
+            "tools": TOOLS,
+            "messages": [
+                {"role": "user", "content": "Weather in Oslo?"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "rain"},
+                {"role": "assistant", "content": "It rains."},
+            ],
+        },
+        ['<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>', "It rains.<|im_end|>"],
+    ),
+    "prompt and completion": ({"prompt": "2+2=", "completion": "4"}, ["4<|im_end|>"]),
+    "prompt and completion as messages": (
+        {
+            "prompt": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "not trained"},
+                {"role": "user", "content": "Two?"},
+            ],
+            "completion": [{"role": "assistant", "content": "trained"}],
+        },
+        ["trained<|im_end|>"],
+    ),
+    "text": ({"text": "All of it."}, ["All of it.<|im_end|>"]),
+    "conversations": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        ["Hello.<|im_end|>"],
+    ),
+    "instruction": (
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        ["3<|im_end|>"],
+    ),
+}
+PACKINGS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}
+
+
+def prepared(tmp_path, name, content):
+    """The tokens and labels of the file's only row, and the tokenizer."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = examine(path)
+    tokenizer = load_tokenizer("tiny", trust_remote_code=False)
+    task = wire.Prepare(
+        job=1,
+        path=str(path),
+        sha256=found.sha256,
+        format=found.format.value,
+        on_bad_row="reject",
+        max_line_bytes=1 << 20,
+        max_length=1024,
+        folder=str(tmp_path / "job" / "prepared"),
+        base_model="tiny",
+        tokenizer="tiny",
+        trust_remote_code=False,
+    )
+    (tmp_path / "job").mkdir()
+    facts = prepare(task, Encoder(tokenizer, max_length=1024), lambda _: None)
+    assert facts["trainable_rows"] == 1
+    (row,) = Dataset.from_file(str(tmp_path / "job" / "prepared" / ROWS))
+    return row, tokenizer
+
+
+def trained_parts(row, tokenizer):
+    """The text of each run of trained tokens."""
+    parts, run = [], []
+    for token, label in zip([*row["input_ids"], 0], [*row["labels"], IGNORED], strict=True):
+        if label != IGNORED:
+            assert label == token
+            run.append(token)
+        elif run:
+            parts.append(tokenizer.decode(run))
+            run = []
+    return parts
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exactly_the_answers_are_trained(tmp_path, name):
+    row, expected = FORMATS[name]
+    found, tokenizer = prepared(tmp_path, "a.jsonl", (json.dumps(row) + "\n").encode())
+    assert trained_parts(found, tokenizer) == expected
+
+
+@pytest.mark.parametrize("ending", PACKINGS)
+def test_a_packed_file_is_trained_as_a_plain_one(tmp_path, ending):
+    row, expected = FORMATS["messages"]
+    found, tokenizer = prepared(tmp_path, f"a{ending}", PACKINGS[ending]((json.dumps(row) + "\n").encode()))
+    assert trained_parts(found, tokenizer) == expected
+
+
+def test_tools_reach_the_model(tmp_path):
+    row, _ = FORMATS["messages with tools"]
+    found, tokenizer = prepared(tmp_path, "a.jsonl", (json.dumps(row) + "\n").encode())
+    assert '"name": "weather"' in tokenizer.decode(found["input_ids"]).split("Weather in Oslo?")[0]
