@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longrun.context import Context
 
 TICK_S = 0.5
+IDLE_TICK_S = 1.0  # news rings; only operators' requests have to be looked for
 REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
 ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
 LOOKS_AT_A_BAD_MODEL = 3  # when draining
@@ -379,8 +380,9 @@ class Daemon:
 
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""
-        due_s = self._next_scan - time.monotonic() if self._scans else TICK_S
-        timeout_s = max(0.0, min(TICK_S, due_s))
+        tick_s = TICK_S if self._runs.current is not None else IDLE_TICK_S
+        due_s = self._next_scan - time.monotonic() if self._scans else tick_s
+        timeout_s = max(0.0, min(tick_s, due_s))
         ends = [self._wake[0], *self._runs.worker.filenos(), *self._preparation.preparer.filenos()]
         ready, _, _ = select.select(ends, [], [], timeout_s)
         if self._wake[0] in ready:

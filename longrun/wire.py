@@ -5,6 +5,7 @@ The end of the stream means that the other is gone; there is no other farewell.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MAX_MESSAGE_BYTES = 64 << 20
+ADDRESS_BYTES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,17 +266,12 @@ def connect(path: Path) -> Channel:
     return Channel(connection)
 
 
-class _short:  # noqa: N801  (reads as a word at its two uses)
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
     """A socket's address holds about 100 bytes, a home's path may be longer: go by way of the open folder."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> str:
-        self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        by_folder = f"/proc/self/fd/{self._folder}/{self._path.name}"
-        long = len(os.fsencode(self._path)) > 100 and os.path.isdir("/proc/self/fd")  # noqa: PTH112
-        return by_folder if long else str(self._path)
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._folder)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        long = len(os.fsencode(path)) > ADDRESS_BYTES and os.path.isdir("/proc/self/fd")  # noqa: PTH112
+        yield f"/proc/self/fd/{folder}/{path.name}" if long else str(path)
+    finally:
+        os.close(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from longrun.config import TINY
 from longrun.errors import BadConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -90,19 +93,14 @@ def _name_and_commit(source: str) -> tuple[str, dict[str, str]]:
     return name or source, {"revision": commit} if commit else {}
 
 
-class _told_as_bad_config:  # noqa: N801  (reads as words where it is used)
+@contextlib.contextmanager
+def _told_as_bad_config(source: str) -> Iterator[None]:
     """What from_pretrained raises, as one sentence with a way out."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError | ImportError):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise unusable(self._source, first) from error
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise unusable(source, first) from error
 
 
 def unusable(source: str, why: str) -> BadConfig:
