@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
-CLAIM_AT_ONCE = 500  # files a tick: bounds the tick, not the inbox
+CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
 # What a look at a file does, ours too; a bell that rang for it would ring itself.
 LOOKS = ("opened", "closed_no_write")

@@ -10,7 +10,7 @@ import pytest
 
 from longrun import disk, inbox
 from longrun.config import InboxSettings
-from longrun.inbox import CLAIM_AT_ONCE, Bell, Inbox
+from longrun.inbox import Bell, Inbox
 from longrun.job import JobState
 
 if TYPE_CHECKING:
@@ -461,14 +461,15 @@ def test_claimed_files_that_the_ledger_does_not_know_are_found(home: Home, box: 
     assert sorted(path.name for path in home.jobs.iterdir()) == ["000001", "000002", "000003", "notes"]
 
 
-def test_2000_files_are_claimed_in_batches_in_order(home: Home, box: Inbox) -> None:
+def test_2000_files_are_claimed_in_batches_in_order(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "CLAIM_AT_ONCE", 500)
     for number in range(2000):
         drop(home, f"{number:04}.jsonl", changed_at=2000 - number)
     names: list[str] = []
     box.scan(0.0)
     while waiting := box.scan(2.0):
         batch = box.claim(waiting, len(names) + 1)
-        assert len(batch) <= CLAIM_AT_ONCE
+        assert len(batch) == 500
         names += [job.name for job in batch]
     assert names == [f"{number:04}.jsonl" for number in reversed(range(2000))]
     assert sorted(int(path.name) for path in home.jobs.iterdir()) == list(range(1, 2001))
