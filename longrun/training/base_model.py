@@ -82,10 +82,18 @@ def load_model(
         return model
 
 
-def pinned(source: str, model: PreTrainedModel) -> str:
-    """The name to write into the lineage: a hub name with the commit that was loaded, anything else as it is."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return f"{source.partition('@')[0]}@{commit}" if commit and not os.path.isabs(source) else source  # noqa: PTH117
+def pinned(source: str) -> str:
+    """The name to write into the lineage: a hub name with the commit that was loaded, anything else as it is.
+
+    The commit is the name of the snapshot in the hub's cache: transformers does not always keep it in the config.
+    """
+    if source == TINY or os.path.isdir(source):  # noqa: PTH112
+        return source
+    from huggingface_hub import try_to_load_from_cache
+
+    name, commit = _name_and_commit(source)
+    cached = try_to_load_from_cache(name, "config.json", revision=commit.get("revision"))
+    return f"{name}@{Path(cached).parent.name}" if isinstance(cached, str) else source
 
 
 def _name_and_commit(source: str) -> tuple[str, dict[str, str]]:

@@ -157,7 +157,7 @@ class Runner:
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
         )
-        self._base = base_model.pinned(task.base_model, model)
+        self._base = base_model.pinned(task.base_model)
         tokenizer = base_model.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         trainer = PlannedTrainer(
