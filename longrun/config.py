@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun.errors import BadConfig
 from longrun.plan import Recipe
+from longrun.retention import Keep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +87,18 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class BackupSettings:
-    pass
+    after_files: int = _setting(0, least=0)  # a scheduled backup after so many trained files; 0: never
+    after_hours: float = _setting(0.0, least=0)  # and when the last one is so old; 0: never
+    store: str = "backups"  # a folder, from the home
+    target: str = "none"  # a URL that each scheduled backup is copied to
+    keep_last: int = _setting(3, least=1)  # scheduled backups, besides the newest of each
+    keep_daily: int = _setting(7, least=0)  # of so many days,
+    keep_weekly: int = _setting(4, least=0)  # weeks
+    keep_monthly: int = _setting(6, least=0)  # and months
+
+    @property
+    def keep(self) -> Keep:
+        return Keep(last=self.keep_last, daily=self.keep_daily, weekly=self.keep_weekly, monthly=self.keep_monthly)
 
 
 @dataclass(frozen=True)

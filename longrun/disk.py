@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, Any, Self
 from longrun.errors import Locked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
 FICLONE = 0x40049409  # ioctl_ficlone(2): share blocks, copy on write
 CHUNK_BYTES = 1 << 18  # stays in the processor's cache: faster than larger buffers, measured
+COPY_BYTES = 1 << 23  # asked of the kernel at once, and hashed while it is still in memory
+RENAME_EXCHANGE, AT_FDCWD = 2, -100  # renameat2(2)
+# How a file system says that it cannot clone, copy in the kernel or exchange; anything else is a failure.
+CANNOT = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
 
 
 def sync_file(path: Path) -> None:
@@ -153,6 +157,132 @@ def _clone_file(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
+def copy_hashed(
+    source: int, target: Path, *, read_back: bool = False, on_bytes: Callable[[int], None] = lambda _: None
+) -> str:
+    """Copy an open file to a new one, durably; SHA-256 of the copy, as hex.
+
+    It is the copy that is hashed, while it is in the page cache, or with `read_back` as it lies on the disk
+    (a clone or a copy by the kernel may go wrong unseen: openzfs#15526). The source is read from its start.
+    """
+    with target.open("xb+", buffering=0) as file:
+        copy = file.fileno()
+        digest = hashlib.sha256()
+        at = 0
+        for count in _copied(source, copy):
+            if not read_back:
+                _hash_range(copy, at, count, digest, on_bytes)
+            at += count
+        os.fsync(copy)
+        if read_back:
+            os.posix_fadvise(copy, 0, 0, os.POSIX_FADV_DONTNEED)
+            _hash_range(copy, 0, at, digest, on_bytes)
+    return digest.hexdigest()
+
+
+def write_hashed(pieces: Iterable[bytes], target: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+    """Write what comes in pieces to a new file, durably; SHA-256 of the file as it was written, as hex."""
+    with target.open("xb+", buffering=0) as file:
+        at, digest = 0, hashlib.sha256()
+        for piece in pieces:
+            _write_all(file.fileno(), piece)
+            _hash_range(file.fileno(), at, len(piece), digest, on_bytes)
+            at += len(piece)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write_all(file: int, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _copied(source: int, target: int) -> Iterator[int]:
+    """Copy by the cheapest means that works here; yields the length of each piece when it is there.
+
+    Whoever stops listening stops the copy. copy_file_range refuses what it cannot do at its first call.
+    """
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+        yield os.fstat(target).st_size
+        return
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+    at = 0
+    try:
+        while count := os.copy_file_range(source, target, COPY_BYTES, offset_src=at, offset_dst=at):
+            yield count
+            at += count
+    except OSError as error:
+        if at or error.errno not in CANNOT:
+            raise
+    while piece := os.pread(source, CHUNK_BYTES, at):  # also after a copy_file_range that ended too early
+        written = os.pwrite(target, piece, at)
+        yield written
+        at += written
+
+
+def _hash_range(file: int, start: int, length: int, digest: Any, on_bytes: Callable[[int], None]) -> None:
+    at, end = start, start + length
+    while at < end:
+        piece = os.pread(file, min(CHUNK_BYTES, end - at), at)
+        if not piece:
+            raise OSError(errno.EIO, "the copy ends too early")
+        digest.update(piece)
+        on_bytes(len(piece))
+        at += len(piece)
+
+
+def can_clone(source: Path | int, folder: Path) -> bool:
+    """Whether the file system can make copies in `folder` that share the blocks of `source`."""
+    old = source if isinstance(source, int) else os.open(source, os.O_RDONLY)
+    probe = folder / f"probe-{uuid.uuid4().hex[:8]}"
+    try:
+        with probe.open("xb") as new:
+            fcntl.ioctl(new.fileno(), FICLONE, old)
+        return True
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+        if old is not source:
+            os.close(old)
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next read of a synced file come from the disk, not from memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def swap(first: Path, second: Path) -> None:
+    """Let two names on one file system change places, in one step where the kernel and file system can.
+
+    Where they cannot (NFS, some FUSE), `first` is missing for a moment, and a crash in it leaves both under
+    other names: `first` as `second`, and what was to come as a name beside it that ends in ".incoming".
+    """
+    import ctypes
+
+    result = ctypes.CDLL(None, use_errno=True).renameat2(
+        AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE
+    )
+    number = ctypes.get_errno() if result else 0
+    if number in CANNOT:
+        incoming = second.with_name(second.name + ".incoming")
+        second.rename(incoming)
+        first.rename(second)
+        incoming.rename(first)
+    elif number:
+        raise OSError(number, os.strerror(number), str(first))
+    sync_folder(first.parent)
+    if second.parent != first.parent:
+        sync_folder(second.parent)
+
+
 def remove_file(path: Path) -> bool:
     """Delete a file; whether there was one. Not synced: a file that a crash brings back must do no harm."""
     try:
@@ -185,6 +315,11 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Delete a folder of unfinished work, as far as that is possible: whoever finds the rest tries again."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
@@ -243,18 +378,31 @@ class Lock:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, *, what: str, wait_s: float = 0.6) -> Self:
-        """The lock, or Locked naming the holder. The short wait outlasts `holder`, which tries the lock."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    def take(
+        cls,
+        path: Path,
+        *,
+        what: str,
+        wait_s: float = 0.6,
+        shared: bool = False,
+        held: Path | None = None,
+        hint: str = "use that one, or `daemon.py stop` it first",
+    ) -> Self:
+        """The lock, or Locked naming the holder. The short wait outlasts `holder`, which tries the lock.
+
+        `shared` excludes only those who want it for themselves; `held` is what the lock stands for (the home).
+        """
+        descriptor = _open_lock(path, shared=shared)
         deadline = time.monotonic() + wait_s
-        while not _try_flock(descriptor):
+        while not _try_flock(descriptor, shared=shared):
             if time.monotonic() >= deadline:
                 note = _read_note(descriptor)
                 os.close(descriptor)
                 raise Locked(
-                    f"cannot start {what}: {path.parent.parent} is held by {note.get('what', 'another process')}"
-                    f" (pid {note.get('pid', '?')}, since {note.get('since', '?')})",
-                    hint="use that one, or `daemon.py stop` it first",
+                    f"cannot start {what}: {held or path.parent.parent} is held by"
+                    f" {note.get('what', 'another process')} (pid {note.get('pid', '?')},"
+                    f" since {note.get('since', '?')})",
+                    hint=hint,
                 )
             time.sleep(0.02)
         lock = cls(path, descriptor)
@@ -298,9 +446,18 @@ def _opened(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _try_flock(descriptor: int) -> bool:
+def _open_lock(path: Path, *, shared: bool) -> int:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if not shared or error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return os.open(path, os.O_RDONLY)  # what is only read may lie where nothing can be written
+
+
+def _try_flock(descriptor: int, *, shared: bool = False) -> bool:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

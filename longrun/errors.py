@@ -5,6 +5,7 @@
     |-- Locked           another process holds this home                     exit 75
     |-- NotRunning       the command needs a running daemon                  exit 3
     |-- BadFile          the content of a dropped file                       exit 1
+    |-- BadBackup        a backup, or what should become one, is not whole   exit 1
     |-- BadModel         current_model/ is not something to go on from       exit 1
     `-- ModelRemoved     current_model/ went away or changed under a run     exit 1
 
@@ -64,6 +65,10 @@ class NotRunning(LongrunError):
     """The command needs a running daemon and there is none."""
 
     exit_code = ExitCode.NOT_RUNNING
+
+
+class BadBackup(LongrunError):
+    """A backup, or what should become one, is not whole; nothing was replaced by it."""
 
 
 class BadModel(LongrunError):

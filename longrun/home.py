@@ -93,6 +93,11 @@ class Home:
     def model_lock(self) -> Path:
         return self.state / "model.lock"
 
+    @property
+    def training_lock(self) -> Path:
+        """Held while the model is read or trained; a restore takes it for the moment in which it swaps."""
+        return self.state / "training.lock"
+
     def job(self, number: int) -> Path:
         return self.jobs / f"{number:06d}"
 

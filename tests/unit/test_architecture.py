@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "longrun"
 
 # From the ground up, within a floor too: a module imports only what stands before it.
 FLOORS = {
-    "values": ["errors", "job", "plan", "lineage", "rows", "wire"],
+    "values": ["errors", "job", "plan", "lineage", "rows", "wire", "manifest", "retention"],
     "disk facts": [
         "home",
         "disk",
@@ -31,15 +31,27 @@ FLOORS = {
         "archive",
         "requests",
         "status",
+        "source",
+        "store",
+        "backups",
+        "transfer",
     ],
     "pulse": ["journal", "notify", "inbox", "worker"],
     "loop": ["context", "fitting", "preparation", "runs", "loop"],
-    "programs": ["compose", "commands", "demo"],
+    "programs": ["compose", "commands", "demo", "backup_commands"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
 
 # training/ stands on the ground floors beside the daemon; of the pulse it takes only the clock in journal.
-FOR_TRAINING = {*FLOORS["values"], *FLOORS["disk facts"], "journal", "training"} - {"ledger", "archive", "requests"}
+FOR_TRAINING = {*FLOORS["values"], *FLOORS["disk facts"], "journal", "training"} - {
+    "ledger",
+    "archive",
+    "requests",
+    "source",
+    "store",
+    "backups",
+    "transfer",
+}
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "trl", "numpy", "pyarrow", "safetensors", "tokenizers"}
 

@@ -1,0 +1,322 @@
+"""What backup_manager.py does, command by command. Standard library only, but for archives, URLs and the bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from longrun import backups, config, disk, transfer
+from longrun.errors import BadBackup, ExitCode, Locked
+from longrun.home import Home, find_home
+from longrun.journal import printable
+from longrun.manifest import BackupType, Manifest
+from longrun.retention import Keep
+from longrun.store import Store, telling
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+PROGRAM = "python3 backup_manager.py"
+LOOK_S = 0.5
+
+
+def do(args: argparse.Namespace) -> int:
+    """Do what was asked for; the exit code."""
+    return _COMMANDS[args.command](args, _home(args))
+
+
+def _home(args: argparse.Namespace) -> Home:
+    """--home or LONGRUN_HOME, else the home that SOURCE is the model of, else the current directory."""
+    source = Path(getattr(args, "source", ".")).resolve()
+    if args.home is None and "LONGRUN_HOME" not in os.environ and (source.parent / "state").is_dir():
+        return Home(source.parent)
+    return find_home(args.home)
+
+
+def _store(args: argparse.Namespace, home: Home) -> Store:
+    if args.store:
+        return Store(Path(args.store).expanduser().resolve())
+    return Store(home.root / config.load(home.settings).backup.store)
+
+
+def _keep(args: argparse.Namespace, home: Home) -> Keep:
+    """Retention as the home says; of a store that is named without a home, the defaults."""
+    return config.load(home.settings).backup.keep if home.settings.exists() or not args.store else Keep()
+
+
+def _backup(args: argparse.Namespace, home: Home) -> int:
+    store = _store(args, home)
+    with Bar(args.json) as bar:
+        saved = backups.back_up(
+            store,
+            Path(args.source),
+            BackupType(args.type),
+            reason=args.reason,
+            follow=args.follow,
+            on_start=bar.start,
+            on_bytes=bar.add,
+        )
+    manifest = saved.manifest
+    again = _restore_command(args, home, manifest.id, Path(manifest.source))
+    facts = manifest.facts() | {
+        "store": str(store.root),
+        "new_bytes": saved.new_bytes,
+        "healed": saved.healed,
+        "seconds": round(saved.seconds, 3),
+        "restore": again,
+    }
+    _say(args, facts, _saved_lines(saved, again))
+    return ExitCode.OK
+
+
+def _saved_lines(saved: backups.Saved, again: str) -> Iterator[str]:
+    manifest = saved.manifest
+    step = "of no known step" if manifest.global_step is None else f"at global step {manifest.global_step}"
+    yield (
+        f"backup {manifest.id} is complete and verified: a model {step}"
+        if manifest.complete
+        else (f"backup {manifest.id} is stored and verified, but the model in it is INCOMPLETE:")
+    )
+    yield from (f"    {fault}" for fault in manifest.faults)
+    yield (
+        f"    {len(manifest.files)} files, {_size(manifest.size_bytes)};"
+        f" {_size(saved.new_bytes)} newly stored, in {saved.seconds:.1f} s"
+    )
+    if saved.healed:
+        yield f"    {len(saved.healed)} damaged contents in the store are whole again"
+    yield f"to restore it: {again}"
+
+
+def _restore_command(args: argparse.Namespace, home: Home, backup: str, place: Path) -> str:
+    """What to type from here to have the backup in this place."""
+    words = [*PROGRAM.split(), "restore", backup]
+    if place != home.model.resolve():
+        words.append(str(place))
+    if args.store:
+        words += ["--store", args.store]
+    if home.root != Path.cwd() and not (args.home is None and "LONGRUN_HOME" in os.environ):
+        words += ["--home", str(home.root)]
+    return shlex.join(words)
+
+
+def _list(args: argparse.Namespace, home: Home) -> int:
+    catalogue = transfer.Remote(args.store) if _is_remote(args) else Store.open(_store(args, home).root)
+    found = [backup for backup in catalogue.all() if args.type in (None, backup.type)]
+    unreadable = sorted(set(catalogue.ids()) - {backup.id for backup in catalogue.all()})
+    _say(
+        args,
+        {"store": catalogue.place, "backups": [backup.facts() for backup in found], "unreadable": unreadable},
+        [*map(_line, found), *(f"{backup}  DAMAGED: see `verify`" for backup in unreadable)]
+        or ["there are no backups"],
+    )
+    return ExitCode.OK
+
+
+def _is_remote(args: argparse.Namespace) -> bool:
+    return bool(args.store) and transfer.is_url(args.store)
+
+
+def _line(backup: Manifest) -> str:
+    when = datetime.fromisoformat(backup.created).astimezone().strftime("%Y-%m-%d %H:%M")
+    step = "step ?" if backup.global_step is None else f"step {backup.global_step}"
+    told = [backup.reason] if backup.reason else []
+    told += [] if backup.complete else [f"INCOMPLETE: {backup.faults[0]}"]
+    return f"{backup.id}  {when}  {step:<12} {_size(backup.size_bytes):>9}  {'; '.join(told)}".rstrip()
+
+
+def _verify(args: argparse.Namespace, home: Home) -> int:
+    catalogue = transfer.Remote(args.store) if _is_remote(args) else Store.open(_store(args, home).root)
+    wanted = [catalogue.find(args.id).id] if args.id else None
+    with contextlib.ExitStack() as stack:
+        if isinstance(catalogue, Store):
+            stack.enter_context(telling("verify"))
+            stack.enter_context(catalogue.using("verify"))
+        looked_at = catalogue.all() if wanted is None else [catalogue.read(backup) for backup in wanted]
+        sizes = {digest: size for backup in looked_at for digest, size in backup.digests.items()}
+        bar = stack.enter_context(Bar(args.json or args.quick))
+        bar.start(sum(sizes.values()))
+        damage = catalogue.damage(wanted, quick=args.quick, on_bytes=bar.add)
+    how = "manifests and sizes" if args.quick else "every byte"
+    lines = [f"DAMAGED  {found}" for found in damage]
+    if damage:
+        lines.append("back up a folder that still has these contents, and they are whole again")
+    else:
+        lines = [f"{len(looked_at)} backups, {len(sizes)} contents, {_size(sum(sizes.values()))}: all good ({how})"]
+    facts = {"backups": [backup.id for backup in looked_at], "bytes": sum(sizes.values()), "quick": args.quick}
+    _say(args, facts | {"damage": [asdict(found) for found in damage]}, lines)
+    return ExitCode.FAILURE if damage else ExitCode.OK
+
+
+def _restore(args: argparse.Namespace, home: Home) -> int:
+    store = Store.open(_store(args, home).root)
+    manifest = store.find(args.id)
+    target = Path(args.target) if args.target else home.model
+    with _model_to_oneself(_home_of_model(target), args.when_idle), Bar(args.json) as bar:
+        bar.start(manifest.size_bytes)
+        former = backups.restore(store, manifest, target, on_bytes=bar.add)
+    facts: dict[str, Any] = {
+        "id": manifest.id,
+        "target": str(target.resolve()),
+        "replaced": former and str(former),
+    }
+    facts |= {"global_step": manifest.global_step, "complete": manifest.complete, "faults": list(manifest.faults)}
+    lines = [f"{target} is {manifest.id} again, every byte verified"]
+    lines += [f"    but it was INCOMPLETE when it was backed up: {fault}" for fault in manifest.faults]
+    if former:
+        lines.append(f"what was there is kept as {former}; delete it when you are sure")
+    if (home.state / "ledger.sqlite3").exists() and target.resolve() == home.model.resolve():
+        lines.append("`daemon.py missing` lists the files that this model has not seen")
+    _say(args, facts, lines)
+    return ExitCode.OK
+
+
+def _home_of_model(target: Path) -> Home | None:
+    """The home whose model the target is; None for any other folder."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - not through the link that current_model may be
+    home = Home(target.parent)
+    return home if target == home.model and home.state.is_dir() else None
+
+
+@contextlib.contextmanager
+def _model_to_oneself(home: Home | None, wait: bool) -> Iterator[None]:
+    """No file begins to train meanwhile; Locked when one is being trained and nobody wants to wait."""
+    if home is None:
+        yield
+        return
+    while True:
+        try:
+            lock = disk.Lock.take(
+                home.training_lock,
+                what="restore",
+                held=home.model,
+                hint="--when-idle waits until no file is being trained; `daemon.py stop` ends training now",
+            )
+            break
+        except Locked:
+            if not wait:
+                raise
+            time.sleep(LOOK_S)
+    with lock:
+        yield
+
+
+def _prune(args: argparse.Namespace, home: Home) -> int:
+    store = Store.open(_store(args, home).root)
+    with telling("prune"):
+        pruned = store.prune(args.ids, _keep(args, home), execute=args.execute)
+    verb = "removed" if args.execute else "would remove"
+    lines = [f"{verb}  {_line(backup)}" for backup in pruned.backups]
+    lines.append(f"{_size(pruned.freed_bytes)} {'freed' if args.execute else 'would be freed; --execute does it'}")
+    facts = {"removed": [backup.id for backup in pruned.backups], "freed_bytes": pruned.freed_bytes}
+    _say(args, facts | {"executed": args.execute}, lines)
+    return ExitCode.OK
+
+
+def _export(args: argparse.Namespace, home: Home) -> int:
+    store = Store.open(_store(args, home).root)
+    manifest = store.find(args.id)
+    with Bar(args.json) as bar:
+        bar.start(sum(manifest.digests.values()) if transfer.is_url(args.target) else manifest.size_bytes)
+        if transfer.is_url(args.target):
+            transfer.Remote(args.target).push(store, manifest, bar.add)
+        elif args.target.endswith(transfer.ARCHIVES):
+            transfer.export_archive(store, manifest, Path(args.target), bar.add)
+        else:
+            transfer.export_folder(store, manifest, Path(args.target), bar.add)
+    again = shlex.join([*PROGRAM.split(), "import", args.target])
+    _say(
+        args,
+        {"id": manifest.id, "target": args.target, "bytes": manifest.size_bytes},
+        [f"{manifest.id} is in {args.target}, verified", f"to bring it into another store: {again}"],
+    )
+    return ExitCode.OK
+
+
+def _import(args: argparse.Namespace, home: Home) -> int:
+    store = _store(args, home)
+    with Bar(args.json) as bar:
+        if transfer.is_url(args.source):
+            remote = transfer.Remote(args.source)
+            found = remote.find(args.id or "latest")
+            bar.start(sum(found.digests.values()))
+            manifest = remote.pull(store, found, bar.add)
+        elif args.id:
+            raise BadBackup(f"cannot choose {args.id} in {args.source}: it is no URL", hint="leave the ID out")
+        elif args.source.endswith(transfer.ARCHIVES):
+            manifest = transfer.import_archive(store, Path(args.source), bar.add)
+        else:
+            manifest = transfer.import_folder(store, Path(args.source), bar.add)
+    again = _restore_command(args, home, manifest.id, home.model.resolve())
+    _say(
+        args,
+        manifest.facts() | {"store": str(store.root)},
+        [f"{manifest.id} is in {store.root}, every byte verified", f"to restore it: {again}"],
+    )
+    return ExitCode.OK
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Home], int]] = {
+    "backup": _backup,
+    "list": _list,
+    "verify": _verify,
+    "restore": _restore,
+    "prune": _prune,
+    "export": _export,
+    "import": _import,
+}
+
+
+# -- telling
+
+
+def _say(args: argparse.Namespace, facts: dict[str, Any], lines: Any) -> None:
+    """The facts for a machine, or the lines for a person."""
+    texts = [json.dumps(facts, indent=1)] if args.json else [printable(line) for line in lines]
+    for text in texts:
+        print(text, flush=True)  # noqa: T201
+
+
+def _size(count: float) -> str:
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000 and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+class Bar:
+    """Bytes done, of how many, and the time left, where a person looks on."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden = hidden or not sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, total: int) -> None:
+        """Begin, or begin again with another total."""
+        if self._hidden:
+            return
+        with contextlib.suppress(ModuleNotFoundError):  # a bar is no reason to go without a backup
+            from tqdm import tqdm
+
+            self.__exit__()
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, leave=False)
+
+    def add(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)

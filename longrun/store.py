@@ -1,0 +1,472 @@
+"""The store of backups: whole files by their SHA-256, and manifests that name them.
+
+    format.json  RESTORE.txt        what this is, and how to restore with cp and sha256sum alone
+    objects/sha256/ab/abcdef...     contents, read-only; only prune deletes
+    backups/ID/manifest.json        a backup: its folder appears in one rename, after everything it names is durable
+    backups/ID/SHA256SUMS           the same list for sha256sum -c
+    tmp/                            what is being written
+    lock                            shared by all who add or read, held alone by prune
+
+No packs, no index, no repair: what is stored can be read without this program, and a damaged content is healed
+by the next backup of a file that has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from longrun import disk
+from longrun.errors import BadBackup, Locked
+from longrun.manifest import Manifest, StoredFile, is_id, parse
+from longrun.retention import Keep, expendable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+T = TypeVar("T")
+
+MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+LATEST = "latest"
+FORMAT = b'{"format": "longrun backup store", "version": 1, "hash": "sha256"}\n'
+THREADS = max(2, min(4, os.cpu_count() or 2))
+WAIT_S = 20.0  # for a prune or for the backups that a prune waits for
+ROOM_BYTES = 16 << 20  # kept free beyond what is to be written
+YOUNG_S = 86_400.0  # content that no backup names (yet) is left alone for a day
+
+RESTORE_TXT = """\
+This folder holds backups of models, made by Longrun's backup_manager.py. To restore one:
+
+    python3 backup_manager.py --store THIS_FOLDER list
+    python3 backup_manager.py --store THIS_FOLDER restore ID TARGET
+
+Without that program, in a shell: every file of a backup is listed in backups/ID/SHA256SUMS by the SHA-256 of its
+content, and the content is in objects/sha256/ under that name.
+
+    STORE=/path/to/this/folder
+    ID=20260101T120000Z-manual-abcdef
+    mkdir restored && cd restored
+    while read -r digest path; do
+        mkdir -p "./$(dirname "$path")"
+        cp "$STORE/objects/sha256/$(printf %.2s "$digest")/$digest" "./$path"
+    done < "$STORE/backups/$ID/SHA256SUMS"
+    sha256sum -c "$STORE/backups/$ID/SHA256SUMS"
+    chmod -R u+w .
+"""
+
+
+def silent(count: int) -> None:
+    """A meter that nobody looks at."""
+
+
+@dataclass
+class Damage:
+    """Something in the store that is not as it was written, and the backups that need it."""
+
+    what: str
+    why: str
+    backups: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        needed = f"; needed by {', '.join(self.backups)}" if self.backups else ""
+        return f"{self.what}: {self.why}{needed}"
+
+
+class Catalogue:
+    """Backups that can be listed and read, wherever they are."""
+
+    place: str
+
+    def ids(self) -> list[str]:
+        raise NotImplementedError
+
+    def read(self, backup: str) -> Manifest:
+        """The manifest of a backup; BadBackup when it cannot be trusted."""
+        raise NotImplementedError
+
+    def all(self) -> list[Manifest]:
+        """All backups whose manifests can be trusted, oldest first."""
+        found = []
+        for backup in self.ids():
+            with contextlib.suppress(BadBackup):
+                found.append(self.read(backup))
+        return sorted(found, key=_age)
+
+    def find(self, name: str) -> Manifest:
+        """A backup by its id, the beginning of it, or "latest", the newest that is complete."""
+        if name == LATEST:
+            whole = [backup for backup in self.all() if backup.complete]
+            if whole:
+                return whole[-1]
+            raise BadBackup(f"there is no complete backup in {self.place}", hint="`list` shows what there is")
+        matching = [backup for backup in self.ids() if backup.startswith(name)]
+        if len(matching) == 1:
+            return self.read(matching[0])
+        why = f"{len(matching)} backups begin so" if matching else "there is no such backup"
+        raise BadBackup(f"cannot find {name!r} in {self.place}: {why}", hint="`list` shows their ids")
+
+
+@dataclass
+class Store(Catalogue):
+    root: Path
+
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        return str(self.root)
+
+    @property
+    def objects(self) -> Path:
+        return self.root / "objects" / "sha256"
+
+    @property
+    def backups(self) -> Path:
+        return self.root / "backups"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    def object(self, digest: str) -> Path:
+        return self.objects / digest[:2] / digest
+
+    def folder(self, backup: str) -> Path:
+        return self.backups / backup
+
+    # -- opening
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        """The store at `root`; BadBackup when there is none."""
+        store = cls(root)
+        if not store.backups.is_dir():
+            raise BadBackup(
+                f"there are no backups in {root}", hint="make one with `backup_manager.py backup`, or name a --store"
+            )
+        store._check_format()
+        return store
+
+    @classmethod
+    def make(cls, root: Path) -> Self:
+        """The store at `root`, created when missing; a folder that holds something else is refused."""
+        store = cls(root)
+        if root.exists() and not root.is_dir():
+            raise BadBackup(f"cannot keep backups in {root}: it is not a folder", hint="name another --store")
+        if not store.backups.is_dir():
+            strange = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+            if not {"format.json", "RESTORE.txt", "objects", "tmp", "lock"} >= set(strange):
+                raise BadBackup(f"cannot keep backups in {root}: it holds something else", hint="name an empty --store")
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        store._check_format()
+        for folder in (store.objects, store.backups, store.tmp):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("format.json", FORMAT), ("RESTORE.txt", RESTORE_TXT.encode())):
+            if _bytes_of(root / name) != content:
+                disk.write_file(root / name, content)
+        disk.sync_folder(store.objects.parent)
+        disk.sync_folder(root.parent)
+        return store
+
+    def _check_format(self) -> None:
+        try:
+            version = json.loads(_bytes_of(self.root / "format.json") or b"{}").get("version", 1)
+        except (ValueError, AttributeError):
+            return  # damaged: verify says so, the next backup writes it anew
+        if version != 1:
+            raise BadBackup(
+                f"cannot use the store {self.root}: it has version {version}, this program knows 1",
+                hint="use the newer program that wrote it",
+            )
+
+    def using(self, what: str) -> disk.Lock:
+        """The lock of those who add or read: nothing is pruned meanwhile."""
+        return self._lock(what, shared=True, wait_s=WAIT_S)
+
+    def pruning(self, wait_s: float = WAIT_S) -> disk.Lock:
+        """The store for oneself: no backup is being made, so what lies in tmp/ or is named by none was left behind."""
+        return self._lock("prune", shared=False, wait_s=wait_s)
+
+    def _lock(self, what: str, *, shared: bool, wait_s: float) -> disk.Lock:
+        return disk.Lock.take(
+            self.root / "lock", what=what, shared=shared, wait_s=wait_s, held=self.root, hint="wait for it to end"
+        )
+
+    # -- what is there
+
+    def ids(self) -> list[str]:
+        return sorted(entry.name for entry in self.backups.iterdir() if is_id(entry.name))
+
+    def read(self, backup: str) -> Manifest:
+        content = _bytes_of(self.folder(backup) / MANIFEST)
+        if content is None:
+            raise BadBackup(f"the manifest of {backup} is missing", hint="`verify` tells what else is damaged")
+        return parse(content, backup)
+
+    def intact(self, digest: str, size: int, on_bytes: Callable[[int], None] = silent, *, cached: bool = True) -> bool:
+        """Whether the content of this digest is there, every byte of it."""
+        path = self.object(digest)
+        try:
+            if path.is_symlink() or path.stat().st_size != size:
+                return False
+            if not cached:
+                disk.forget_cached(path)
+            return disk.hash_file(path, on_bytes) == digest
+        except FileNotFoundError:
+            return False
+
+    # -- adding
+
+    @contextlib.contextmanager
+    def adding(self, backup: str) -> Iterator[Additions]:
+        """A folder of its own to write into; gone afterwards, whatever happens."""
+        with contextlib.suppress(Locked), self.pruning(wait_s=0.0):
+            disk.empty_folder(self.tmp)  # nobody is writing: it was left behind
+        with self.using("a backup"):
+            folder = self.tmp / backup
+            folder.mkdir()
+            try:
+                yield Additions(self, folder)
+            finally:
+                disk.remove_remains(folder)
+
+    # -- looking after it
+
+    def damage(
+        self, wanted: Iterable[str] | None = None, *, quick: bool = False, on_bytes: Callable[[int], None] = silent
+    ) -> list[Damage]:
+        """Everything that is not as it was written, in the whole store or in what some backups need.
+
+        `quick` looks at manifests and sizes; otherwise every byte is read.
+        """
+        found = [] if wanted else self._damaged_papers()
+        manifests = []
+        for backup in wanted or self.ids():
+            try:
+                manifests.append(self.read(backup))
+            except BadBackup as error:
+                found.append(Damage(f"backup {backup}", error.message, [backup]))
+                continue
+            if _bytes_of(self.folder(backup) / SUMS) != manifests[-1].to_sums():
+                found.append(Damage(f"backups/{backup}/{SUMS}", "it is not what the manifest says", [backup]))
+        return found + self._damaged_objects(manifests, quick, on_bytes)
+
+    def _damaged_papers(self) -> list[Damage]:
+        papers = {"format.json": FORMAT, "RESTORE.txt": RESTORE_TXT.encode()}
+        why = "missing or changed; the next backup writes it anew"
+        return [Damage(name, why) for name, content in papers.items() if _bytes_of(self.root / name) != content]
+
+    def _damaged_objects(self, manifests: list[Manifest], quick: bool, on_bytes: Callable[[int], None]) -> list[Damage]:
+        sizes = {digest: size for manifest in manifests for digest, size in manifest.digests.items()}
+
+        def look(digest: str, meter: Callable[[int], None]) -> Damage | None:
+            why = self._why_damaged(digest, sizes[digest], quick, meter)
+            return Damage(f"objects/sha256/{digest[:2]}/{digest}", why, _needing(manifests, digest)) if why else None
+
+        return [damage for damage in in_parallel(look, sorted(sizes), on_bytes) if damage]
+
+    def _why_damaged(self, digest: str, size: int, quick: bool, on_bytes: Callable[[int], None]) -> str | None:
+        path = self.object(digest)
+        try:
+            found = path.lstat().st_size
+            if path.is_symlink() or not path.is_file():
+                return "it is not a file"
+            if found != size:
+                return f"it has {found} bytes instead of {size}"
+            return None if quick or disk.hash_file(path, on_bytes) == digest else "its content has changed"
+        except FileNotFoundError:
+            return "it is missing"
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})"
+
+    def unneeded(self, manifests: list[Manifest], *, older_than_s: float) -> dict[str, int]:
+        """Contents that none of the backups names and nobody has touched for a while: size in bytes by digest."""
+        needed = {digest for manifest in manifests for digest in manifest.digests}
+        before = time.time() - older_than_s
+        found = {}
+        for path in self.objects.glob("??/*"):
+            facts = path.lstat()
+            if path.name not in needed and len(path.name) == len("0" * 64) and facts.st_ctime < before:
+                found[path.name] = facts.st_size
+        return found
+
+    def prune(self, named: list[str], keep: Keep, *, execute: bool) -> Pruned:
+        """Remove the named backups, or those that retention does not keep, and content that no backup needs.
+
+        Without `execute` it is only said. Nothing is removed while a manifest cannot be read (what it needs
+        is unknown), while the newest complete backup is damaged, or when that one was named.
+        """
+        with self.pruning() if execute else self.using("prune"):
+            manifests = [self.read(backup) for backup in self.ids()]
+            manifests.sort(key=_age)
+            doomed = [self.find(name) for name in named] if named else expendable(manifests, keep)
+            self._check_newest(manifests, doomed)
+            left = [manifest for manifest in manifests if manifest not in doomed]
+            stale = self.unneeded(manifests, older_than_s=YOUNG_S)
+            needed = {digest for manifest in left for digest in manifest.digests}
+            freed = {d: size for manifest in doomed for d, size in manifest.digests.items() if d not in needed}
+            if execute:
+                for manifest in doomed:
+                    disk.remove_tree(self.folder(manifest.id), self.tmp)
+                disk.sync_folder(self.backups)
+                for digest in freed | stale:
+                    disk.remove_file(self.object(digest))
+                disk.empty_folder(self.tmp)
+            return Pruned(doomed, sum((freed | stale).values()))
+
+    def _check_newest(self, manifests: list[Manifest], doomed: list[Manifest]) -> None:
+        newest = next((manifest for manifest in reversed(manifests) if manifest.complete), None)
+        if newest is None or not doomed:
+            return
+        if newest in doomed:
+            raise BadBackup(
+                f"cannot prune {newest.id}: it is the newest complete backup", hint="make another one first"
+            )
+        damage = self.damage([newest.id])
+        if damage:
+            raise BadBackup(
+                f"nothing was pruned: the newest complete backup is damaged ({damage[0]})",
+                hint="back up the model again first; `verify` lists all damage",
+            )
+
+
+@dataclass
+class Pruned:
+    backups: list[Manifest]
+    freed_bytes: int
+
+
+@dataclass
+class Additions:
+    """What one process adds to the store; nothing of it is a backup before `commit`."""
+
+    store: Store
+    folder: Path
+    new_bytes: int = 0
+    healed: list[str] = field(default_factory=list)
+    _touched: set[Path] = field(default_factory=set)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def part(self) -> Path:
+        """A name to write to."""
+        return self.folder / os.urandom(8).hex()
+
+    def take_in(self, part: Path, digest: str, *, cached: bool = True) -> None:
+        """Make the durable file at `part` the content of this digest, unless the store has it already, intact."""
+        target, size = self.store.object(digest), part.stat().st_size
+        there = target.exists()
+        with self._guard:
+            self._touched.add(target.parent)
+        if there and self.store.intact(digest, size, cached=cached):
+            disk.remove_file(part)
+            return
+        if there and target.is_dir():
+            raise BadBackup(f"cannot store a content: {target} is a folder", hint="remove it")
+        target.parent.mkdir(exist_ok=True)
+        part.chmod(0o444)
+        disk.move(part, target)
+        with self._guard:
+            self.new_bytes += size
+            self.healed += [digest] if there else []
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the backup exist: everything it names is durable, then its folder appears in one step."""
+        for folder in sorted(self._touched):
+            disk.sync_folder(folder)
+        disk.sync_folder(self.store.objects)
+        papers = self.folder / manifest.id
+        papers.mkdir()
+        for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):
+            disk.write_file(papers / name, content)
+        disk.rename(papers, self.store.folder(manifest.id))
+
+    def replace(self, manifest: Manifest) -> None:
+        """As `commit`, for a backup that exists: what it names was taken in again."""
+        for folder in sorted(self._touched):
+            disk.sync_folder(folder)
+        for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):
+            disk.write_file(self.store.folder(manifest.id) / name, content)
+
+    def next_sequence(self) -> int:
+        return max((manifest.sequence for manifest in self.store.all()), default=0) + 1
+
+
+class _Stopped(Exception):
+    """Another thread has failed."""
+
+
+def in_parallel(
+    work: Callable[[T, Callable[[int], None]], Any], items: Iterable[T], on_bytes: Callable[[int], None] = silent
+) -> list[Any]:
+    """Results of `work(item, meter)` for all items, by a few threads; the first error ends all of them soon.
+
+    Hashing and copying let go of Python's lock, so while one thread waits for the disk another computes. Threads
+    share nothing but the meter: there is no queue between them that could stay full when one fails.
+    """
+    stop, guard = threading.Event(), threading.Lock()
+
+    def meter(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with guard:
+            on_bytes(count)
+
+    with ThreadPoolExecutor(max_workers=THREADS) as threads:
+        waiting = {threads.submit(work, item, meter): number for number, item in enumerate(items)}
+        try:
+            results = {waiting[done]: done.result() for done in as_completed(waiting)}
+        except BaseException:
+            stop.set()
+            threads.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [results[number] for number in range(len(results))]
+
+
+def check_room(folder: Path, need_bytes: int, what: str) -> None:
+    """BadBackup when so many bytes, and a little, would not fit where `folder` is."""
+    need = need_bytes + need_bytes // 50 + ROOM_BYTES
+    free = disk.free_bytes(folder)
+    if need > free:
+        raise BadBackup(
+            f"cannot {what}: {need / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free",
+            hint="`prune --execute` frees what retention does not keep, `prune ID --execute` a backup that you name",
+        )
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say what was attempted when the system refuses it."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        why = f"cannot {what}: {error.strerror or error}{place}"
+        raise BadBackup(why, hint="backups made before are as they were; mend that and try again") from error
+
+
+def stored_files(manifest: Manifest) -> Iterator[list[StoredFile]]:
+    """The files of a backup by content."""
+    by_digest: dict[str, list[StoredFile]] = {}
+    for file in manifest.files:
+        by_digest.setdefault(file.sha256, []).append(file)
+    yield from by_digest.values()
+
+
+def _age(manifest: Manifest) -> tuple[int, str]:
+    return (manifest.sequence, manifest.created)
+
+
+def _needing(manifests: list[Manifest], digest: str) -> list[str]:
+    return [manifest.id for manifest in manifests if digest in manifest.digests]
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
