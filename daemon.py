@@ -50,6 +50,7 @@ def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
         "stop": lambda: commands.stop(home, now=args.now),
         "skip": lambda: commands.skip(home),
         "retry": lambda: commands.retry(home, args.name),
+        "reset": lambda: commands.reset(home, flags, yes=args.yes),
         "put": lambda: commands.put(home, args.files),
         "check": lambda: commands.check(home, args.file, flags),
         "logs": lambda: commands.logs(home, follow=args.follow),
@@ -100,6 +101,9 @@ def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     command("skip", "end the training of the running file only")
     command("retry", "drop a rejected (or trained) file again").add_argument("name", metavar="NAME")
+    command("reset", "back the model up, verified, and begin anew").add_argument(
+        "--yes", action="store_true", help="do not ask"
+    )
     command("put", "copy files into the inbox, each appearing there whole").add_argument(
         "files", nargs="+", type=Path, metavar="FILE"
     )

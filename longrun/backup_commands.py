@@ -70,7 +70,7 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
     facts = manifest.facts() | {
         "store": str(store.root),
         "new_bytes": saved.new_bytes,
-        "healed": saved.healed,
+        "healed": len(saved.healed),
         "seconds": round(saved.seconds, 3),
         "restore": again,
     }

@@ -128,6 +128,41 @@ def retry(home: Home, name: str) -> int:
     return ExitCode.OK
 
 
+def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
+    """Back the model up, verified, and remove it: the next file trains from the base model at step 0."""
+    from longrun.backups import back_up
+    from longrun.manifest import BackupType
+    from longrun.store import Store
+
+    store = Store(home.root / config.load(home.settings, flags=flags).backup.store)
+    step = status.published_step(home)
+    if not home.model.is_dir():
+        raise LongrunError(f"cannot reset {home.root}: there is no {home.model.name}/", hint="nothing is to be done")
+    if not yes:
+        _ask(f"Back up the model at global step {step} and begin anew? [y/N] ")
+    home.make()
+    with disk.Lock.take(
+        home.training_lock,
+        what="reset",
+        held=home.model,
+        hint="`daemon.py stop` or `daemon.py pause` first, or wait until no file is being trained",
+    ):
+        saved = back_up(store, home.model, BackupType.PRE_RECOVERY, reason="reset")
+        disk.remove_tree(home.model.resolve(), home.staging)
+    say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
+    say("`daemon.py retry --missing` trains all files again, in their order")
+    say(f"to have the model back: python3 backup_manager.py restore {saved.manifest.id}")
+    return ExitCode.OK
+
+
+def _ask(question: str) -> None:
+    """Go on only after a yes from a person."""
+    if not sys.stdin.isatty():
+        raise LongrunError("cannot ask: there is no terminal", hint="--yes does it without asking")
+    if input(question).strip().lower() not in ("y", "yes"):
+        raise LongrunError("nothing was changed")
+
+
 def put(home: Home, files: list[Path]) -> int:
     """Copy files into the inbox so that they appear there whole."""
     for file in files:

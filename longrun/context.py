@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from longrun.config import Settings
@@ -38,6 +40,8 @@ class Context:
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
     begun: int = 0  # the job that the model is in the middle of
     _settings_seen: tuple[int, ...] = (0,)
+    _users: int = 0  # of the model, in this process
+    _model_lock: disk.Lock | None = None
 
     def waiting(self, *states: JobState, limit: int) -> list[Job]:
         """The first jobs that wait for their turn; a job the model is in the middle of comes first anyway."""
@@ -61,11 +65,37 @@ class Context:
         if self.problems.pop(kind, None) is not None:
             self.say("solved", f"{kind}: solved")
 
+    def hold_model(self) -> None:
+        """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
+        if not self._users:
+            self._model_lock = disk.Lock.take(
+                self.home.training_lock, what="training", wait_s=0.0, held=self.home.model, hint="wait for it to end"
+            )
+        self._users += 1
+
+    def let_go_model(self) -> None:
+        self._users -= 1
+        if not self._users and self._model_lock is not None:
+            self._model_lock.release()
+
+    @contextlib.contextmanager
+    def model_held(self) -> Iterator[None]:
+        self.hold_model()
+        try:
+            yield
+        finally:
+            self.let_go_model()
+
     def newest(self) -> checkpoint.Checkpoint | None:
         """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted.
 
-        Not while a run commits: what was published from a damaged checkpoint is replaced.
+        Not while a run commits: what was published from a damaged checkpoint is replaced. Locked while somebody
+        replaces the model.
         """
+        with self.model_held():
+            return self._newest()
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
         damaged: list[str] = []
 
         def tell(text: str) -> None:

@@ -16,10 +16,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, requests, status
-from longrun.errors import BadModel, LongrunError, ModelRemoved
+from longrun.errors import BadModel, Locked, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
 from longrun.runs import Runs
+from longrun.scheduled import Scheduled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Daemon:
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
         self._runs = Runs(context)
+        self._scheduled = Scheduled(context)
         self._notifier = context.notifier
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -98,7 +100,7 @@ class Daemon:
         context = self._context
         disk.empty_folder(context.home.staging)
         self._tidy()
-        with contextlib.suppress(BadModel):  # the first tick tells
+        with contextlib.suppress(BadModel, Locked):  # the first tick tells
             context.newest()
         newest = context.seen
         if newest is not None:
@@ -142,6 +144,7 @@ class Daemon:
         self._bell.stop()
         self._runs.abandon()
         self._preparation.preparer.kill()
+        self._scheduled.abandon()
         requests.clear(self._context.home, requests.STOP)
         with contextlib.suppress(OSError):
             status.write(self._context.home, self._facts())
@@ -175,9 +178,12 @@ class Daemon:
             self._tidy()
         self._claim_settled(now)
         if over:
-            self._settle_orphans(now)
-            self._preparation.next(now, self._context.seen)
-            self._train_next(now)
+            self._scheduled.tick(now, self._context.seen, between_files=self._runs.current is None)
+            with contextlib.suppress(Locked):  # the model is being restored: the next file waits for it
+                self._settle_orphans(now)
+                self._preparation.next(now, self._context.seen)
+                with self._context.model_held():
+                    self._train_next(now)
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -376,7 +382,8 @@ class Daemon:
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
-        return arrived and self._runs.current is None and not self._context.waiting(limit=1)
+        busy = self._runs.current is not None or self._scheduled.busy
+        return arrived and not busy and not self._context.waiting(limit=1)
 
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""

@@ -102,6 +102,7 @@ class Runs:
             self.worker.kill()  # what it holds has been trained; a new model begins from the base
         self.warm_up(now, plan.recipe.batch_size)
         model = checkpoint.OpenModel(self._context.home, newest)
+        self._context.hold_model()
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
         self.current = Run(
@@ -332,6 +333,7 @@ class Runs:
     def _over(self, run: Run) -> None:
         self.current = None
         run.model.close()
+        self._context.let_go_model()
         self._context.journal.progress_over()
 
     def _ended(self, run: Run, message: wire.Ended) -> None:

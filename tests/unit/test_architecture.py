@@ -37,7 +37,7 @@ FLOORS = {
         "transfer",
     ],
     "pulse": ["journal", "notify", "inbox", "worker"],
-    "loop": ["context", "fitting", "preparation", "runs", "loop"],
+    "loop": ["context", "fitting", "preparation", "runs", "scheduled", "loop"],
     "programs": ["compose", "commands", "demo", "backup_commands"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
