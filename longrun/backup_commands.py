@@ -36,9 +36,10 @@ def do(args: argparse.Namespace) -> int:
 
 def _home(args: argparse.Namespace) -> Home:
     """--home or LONGRUN_HOME, else the home that SOURCE is the model of, else the current directory."""
-    source = Path(getattr(args, "source", ".")).resolve()
-    if args.home is None and "LONGRUN_HOME" not in os.environ and (source.parent / "state").is_dir():
-        return Home(source.parent)
+    if args.command == "backup" and args.home is None and "LONGRUN_HOME" not in os.environ:
+        beside = Path(args.source).resolve().parent
+        if (beside / "state").is_dir():
+            return Home(beside)
     return find_home(args.home)
 
 
@@ -75,6 +76,10 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
         "restore": again,
     }
     _say(args, facts, _saved_lines(saved, again))
+    if not manifest.complete:
+        raise BadBackup(
+            f"{args.source} is stored, but it is not a whole model", hint="keep it until you have a better one"
+        )
     return ExitCode.OK
 
 

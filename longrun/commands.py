@@ -149,6 +149,8 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     ):
         saved = back_up(store, home.model, BackupType.PRE_RECOVERY, reason="reset")
         disk.remove_tree(home.model.resolve(), home.staging)
+    for fault in saved.manifest.faults:
+        say(f"the model was INCOMPLETE, and is stored as it was: {printable(fault)}")
     say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
     say("`daemon.py retry --missing` trains all files again, in their order")
     say(f"to have the model back: python3 backup_manager.py restore {saved.manifest.id}")

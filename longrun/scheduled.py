@@ -39,10 +39,10 @@ class Scheduled:
 
     def tick(self, now: float, newest: Checkpoint | None, *, between_files: bool) -> None:
         """Hear of the errand under way; begin one when a backup is due."""
-        if self._errand is not None:
-            if self._errand.poll() is not None:
-                self._ended(self._errand, now)
-        elif between_files and newest is not None and now >= self._not_before and self.is_due(newest):
+        if self._errand is not None and self._errand.poll() is not None:
+            self._ended(self._errand, now)
+        free = self._errand is None and between_files and now >= self._not_before
+        if free and newest is not None and self.is_due(newest):
             self._of = _described(newest)
             self._steps = ["backup", "prune"]
             self._steps += ["export"] if self.context.settings.backup.target != NO_TARGET else []
