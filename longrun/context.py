@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from longrun.home import Home
     from longrun.journal import Journal
     from longrun.ledger import Ledger
+    from longrun.lineage import FileRecord
     from longrun.notify import Notifier
 
 
 @dataclass
 class Context:
     home: Home
+    home_id: str
     settings: Settings
     flags: dict[str, Any]
     ledger: Ledger
@@ -36,17 +38,23 @@ class Context:
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
-    begun: int = 0  # the job that the model is in the middle of
     _settings_seen: tuple[int, ...] = (0,)
 
     def waiting(self, *states: JobState, limit: int) -> list[Job]:
-        """The first jobs that wait for their turn; a job the model is in the middle of comes first anyway."""
+        """The first jobs that wait for their turn; the one that the model is in the middle of comes first."""
         states = states or tuple(WAITING)
-        if self.only is None:
-            return self.ledger.in_state(*states, limit=limit)
-        asked = self.only | {self.begun}
-        wanted = [job for job in self.ledger.in_state(*states) if job.number in asked]
-        return wanted[:limit]
+        begun = self.ledger.get(self._begun)
+        first = [begun] if begun is not None and begun.state in states else []
+        rest = self.ledger.in_state(*states, limit=limit if self.only is None else -1)
+        asked = [job for job in rest if job not in first and (self.only is None or job.number in self.only)]
+        return [*first, *asked][:limit]
+
+    @property
+    def _begun(self) -> int:
+        """The job of this home that the model is in the middle of; 0 when there is none."""
+        lineage = self.seen.lineage if self.seen else None
+        here = lineage.in_progress if lineage and not lineage.is_foreign(self.home_id) else None
+        return here.plan.job if here else 0
 
     def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
         self.journal.say(event, text, level=level, **facts)
@@ -79,8 +87,7 @@ class Context:
                 self._tell_undone(newest)
         if newest is None and self.seen is not None:
             self.model_removed("current_model/ was removed: starting from the base model at step 0")
-        here = newest.lineage.in_progress if newest else None
-        self.seen, self.begun = newest, here.plan.job if here else 0
+        self.seen = newest
         self.lived = newest.lineage.lineage if newest else None
         return newest
 
@@ -96,7 +103,7 @@ class Context:
         undone = {
             job.number: job.name
             for job in self.ledger.in_state(JobState.TRAINED)
-            if not newest.lineage.has_trained(job.number, job.sha256)
+            if not newest.lineage.has_trained(self.home_id, job.number, job.sha256)
         }
         names = [name for number, name in undone.items() if number not in self.told_undone]
         self.told_undone = set(undone)
@@ -136,9 +143,9 @@ class Context:
             self.say("setting changed", f"from the next file on: {change}")
         self.settings = fresh
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: Job, record: FileRecord) -> None:
         """The lineage says that the job was trained: book it and put the file away."""
-        done = self.ledger.move(job, JobState.TRAINED, attempts=0)
+        done = self.ledger.move(job, JobState.TRAINED, attempts=0, record=record.to_json())
         self.ended_now += 1
         archive.put_away(self.home, done)
         self._sweep()

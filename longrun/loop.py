@@ -258,7 +258,7 @@ class Daemon:
 
     def _is_trained(self, job: Job, newest: Checkpoint | None) -> bool:
         """Whether the model has the job already, as a ledger that was lost does not know; it is finished then."""
-        trained = newest is not None and newest.lineage.has_trained(job.number, job.sha256)
+        trained = newest is not None and newest.lineage.has_trained(self._context.home_id, job.number, job.sha256)
         if trained:
             assert newest is not None
             self._runs.finish(job, newest)
@@ -268,14 +268,15 @@ class Daemon:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
         if self._runs.current is not None or self._paused or self._leaving:
             return
-        first = next(iter(self._context.waiting(limit=1)), None)
-        if first is None:
+        if not self._context.waiting(limit=1):
             return
         usable, newest = self._look_at_model(now)
         if not usable:
             return
         self._runs.warm_up(now)
-        if first.state is not JobState.QUEUED or self._is_trained(first, newest):
+        # Once more, now that it is known what the model is in the middle of.
+        first = next(iter(self._context.waiting(limit=1)), None)
+        if first is None or first.state is not JobState.QUEUED or self._is_trained(first, newest):
             return
         facts = self._preparation.is_prepared(first, newest)
         if facts is not None:
