@@ -15,10 +15,11 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, disk, inbox, requests, status
+from longrun import archive, checkpoint, disk, inbox, missing, requests, status
 from longrun.errors import BadModel, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
+from longrun.recovery import Recovery
 from longrun.runs import Runs
 
 if TYPE_CHECKING:
@@ -46,10 +47,12 @@ class Daemon:
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
         self._runs = Runs(context)
+        self._recovery = Recovery(context)
         self._notifier = context.notifier
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._scanned = False
+        self._taking_back = False  # what `retry --missing` asked for is not all in the queue yet
         self._next_scan = 0.0
         self._paused = False  # by the operator
         self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
@@ -104,6 +107,7 @@ class Daemon:
         if newest is not None:
             where = f"global step {newest.global_step} ({newest.path.name}, verified)"
             context.say("resume", f"the model is at {where}", global_step=newest.global_step)
+            context.ledger.claim(missing.forgotten(newest.lineage, context.home_id, context.ledger.get))
 
     def _tidy(self) -> None:
         """Finish what was cut off between a move and its record, or between a record and its move."""
@@ -173,11 +177,15 @@ class Daemon:
         over = now >= self._trouble_over
         if over and self._untidy:
             self._tidy()
+        self._recovery.look(now, idle=self._runs.current is None)
         self._claim_settled(now)
         if over:
             self._settle_orphans(now)
+            self._taking_back = self._takes_back and self._recovery.take_back()
             self._preparation.next(now, self._context.seen)
             self._train_next(now)
+            if self._taking_back:
+                self._ring()  # the rest of it at once
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -266,7 +274,7 @@ class Daemon:
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
-        if self._runs.current is not None or self._paused or self._leaving:
+        if self._runs.current is not None or self._paused or self._leaving or self._taking_back:
             return
         if not self._context.waiting(limit=1):
             return
@@ -343,6 +351,8 @@ class Daemon:
             "preparing": self._preparation.doing,
             "trained": ledger.count(JobState.TRAINED),
             "rejected": ledger.count(JobState.REJECTED),
+            "missing": [job.name for job in self._context.missing[:QUEUE_SHOWN]],
+            "missing_files": len(self._context.missing),
             "problems": list(self._context.problems.values()),
             "worker_pid": self._runs.worker.pid,
             "preparer_pid": self._preparation.preparer.pid,
@@ -377,7 +387,13 @@ class Daemon:
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
-        return arrived and self._runs.current is None and not self._context.waiting(limit=1)
+        idle = self._runs.current is None and not self._taking_back
+        return arrived and idle and not self._context.waiting(limit=1)
+
+    @property
+    def _takes_back(self) -> bool:
+        """By hand, only what was named is trained: the request waits for the next daemon."""
+        return self._by_hand is None and not self._leaving
 
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""

@@ -29,11 +29,12 @@ FLOORS = {
         "checkpoint",
         "ledger",
         "archive",
+        "missing",
         "requests",
         "status",
     ],
     "pulse": ["journal", "notify", "inbox", "worker"],
-    "loop": ["context", "fitting", "preparation", "runs", "loop"],
+    "loop": ["context", "fitting", "preparation", "runs", "recovery", "loop"],
     "programs": ["compose", "commands", "demo"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
