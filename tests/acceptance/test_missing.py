@@ -47,7 +47,6 @@ def moments(tmp_path_factory, settings):
         lab.drop("b.jsonl", FILES["b"])
         assert lab.drain(faults=[MIDDLE]) < 0
         copy(lab.home, folder / "middle of b")
-        assert lab.drain() == 0
         lab.drop("c.jsonl", FILES["c"])
         assert lab.drain() == 0
     lab.home.rename(folder / "after c")
@@ -158,6 +157,16 @@ def test_a_new_file_on_top_of_a_file_that_is_missing_its_rest_is_warned_of(lab, 
     assert "retry --missing" in warning["message"]
     assert [file["outcome"] for file in lab.lineage["files"]] == ["trained", "ended early", "trained"]
     assert lab.status["missing"] == ["b.jsonl", "c.jsonl"]
+
+
+def test_whoever_heeds_the_warning_before_the_next_checkpoint_loses_nothing(lab, moments, undisturbed):
+    restore(lab, moments / "middle of b")
+    lab.drop("d.jsonl", FILES["d"])
+    assert lab.drain(faults=[{"at": STEP, "role": "worker", "do": "kill both", "once": "too early"}]) < 0
+    assert "the model is in the middle of b.jsonl" in lab.log
+    assert lab.command("retry", "--missing").returncode == 0
+    assert lab.drain() == 0
+    assert_as_if_nothing_had_happened(lab, undisturbed)
 
 
 def test_a_ledger_that_was_lost_learns_from_the_model_what_a_restore_would_lose(lab, moments):
