@@ -30,9 +30,10 @@ def checkout(tmp_path):
     return folder
 
 
-def environment() -> dict[str, str]:
+def environment(checkout: Path) -> dict[str, str]:
     return {
         **os.environ,
+        "HOME": str(checkout.parent),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "LONGRUN_INBOX_SETTLE_S": "0.3",
@@ -43,7 +44,7 @@ def shell(checkout: Path, command: str) -> None:
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=checkout,
-        env=environment(),
+        env=environment(checkout),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -65,7 +66,9 @@ class Reader:
 
     def types(self, command: str) -> None:
         if command == "python daemon.py run":
-            self.lab.daemons.append(subprocess.Popen(shlex.split(command), cwd=self.checkout, env=environment()))
+            self.lab.daemons.append(
+                subprocess.Popen(shlex.split(command), cwd=self.checkout, env=environment(self.checkout))
+            )
             self.lab.wait_until(lambda: "watches" in self.lab.log)
         elif command.startswith("jq "):
             assert self.lab.global_step == 2
@@ -80,7 +83,7 @@ THEN_TRAINED = {
     "inbox/test1.jsonl": "test1.jsonl",
     "inbox/test2.jsonl": "test2.jsonl",
     "put examples/": "greetings-1.jsonl",
-    "retry": "greetings-1.2.jsonl",
+    "retry greetings": "greetings-1.2.jsonl",
     "python train.py examples/": "greetings-2.jsonl",
 }
 # The environment is made by make; a named base model has a test of its own.
