@@ -4,6 +4,7 @@
     LONGRUN_FAULTS=JSON    a list of {"at": "module:function", "role": "daemon|worker|preparer", "nth": 1,
                            "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC", "row": "text", "rows_over": 0,
                            "about": "text", "once": "name"}
+    LONGRUN_CHILDREN=FILE    the program that the daemon starts as worker and preparer instead of train.py
     LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
@@ -173,6 +174,8 @@ def main() -> None:
         module, _, function = TRAINING_STEP.partition(":")
         # Innermost, so that a batch is recorded only if a fault let it through.
         wrappers.setdefault(module, []).insert(0, (function, record))
+    if "LONGRUN_CHILDREN" in os.environ:
+        wrappers.setdefault("longrun.worker", []).append(("PROGRAM", lambda _: Path(os.environ["LONGRUN_CHILDREN"])))
     if "LONGRUN_FREE_BYTES" in os.environ:
         wrappers.setdefault("longrun.disk", []).append(("free_bytes", told))
     if wrappers:

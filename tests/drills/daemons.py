@@ -1,0 +1,135 @@
+"""A home whose daemon is real and whose children are scripted: dropped into, killed, and held to account."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import signal
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longrun import checkpoint
+from longrun.home import Home
+from longrun.lineage import Lineage
+from tests.drills import scripted
+from tests.lab import Lab, numbered
+
+if TYPE_CHECKING:
+    import random
+
+SETTINGS = {
+    "inbox.settle_s": 0.1,
+    "inbox.scan_s": 0.1,
+    "worker.retry_s": 0.1,
+    "worker.step_timeout_s": 10.0,
+    "train.save_steps": 3,
+    "log.rows": False,
+}
+SENTENCE = re.compile(r"This file will train for (\d+) steps \(reaching global step (\d+)\)")
+NAMES = ("a", "b", "c", "deep-é", "--drain")  # used again and again: a name is no identity
+
+
+class Watched(Lab):
+    """A Lab with scripted children; `dropped` is what its model must have seen in the end."""
+
+    def __init__(self, home: Path, **settings: Any) -> None:
+        super().__init__(home, **SETTINGS | settings)
+        self.dropped: list[int] = []  # rows of each file that was dropped
+
+    def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
+        return super().environment(faults, LONGRUN_CHILDREN=scripted.__file__, **extra)
+
+    def drop_some(self, dice: random.Random, *, most: int = 2) -> None:
+        for _ in range(dice.randint(0, most)):
+            self.drop_rows(dice.choice(NAMES), dice.choice((1, 7, 8, 9, 37, 60)), packed=dice.random() < 0.2)
+
+    def drop_rows(self, name: str, rows: int, *, packed: bool = False) -> None:
+        """One more arrival, under a name that may have been used before; never over a file that still waits."""
+        content = "".join(json.dumps(row) + "\n" for row in numbered(name, rows)).encode()
+        ending = ".jsonl.gz" if packed else ".jsonl"
+        aside = self.inbox / f".{name}.tmp"
+        aside.write_bytes(gzip.compress(content, mtime=0) if packed else content)
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, self.inbox / f"{name}{ending}")
+            self.dropped.append(rows)
+        aside.unlink()
+
+    # -- breaking
+
+    def strike(self, who: str, daemon: Any) -> None:
+        """Kill the daemon, its worker, or both, at once; the worker's end is the daemon's to notice."""
+        worker = _worker_of(daemon.pid)
+        if who in ("worker", "both") and worker:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        if who in ("daemon", "both"):
+            self.kill(daemon)
+
+    # -- holding to account
+
+    def check(self) -> None:
+        """Every file that was dropped is trained, in one place, and the model has seen each row exactly once."""
+        self.check_files()
+        self.check_model()
+        self.check_ledger()
+
+    def check_files(self) -> None:
+        assert self.names("inbox") == set(), self.names("inbox")
+        assert self.names("rejected") == set(), self.log
+        assert len(self.names("trained")) == len(self.dropped), (self.names("trained"), self.dropped)
+        assert not list((self.home / "state" / "jobs").iterdir())
+
+    def check_model(self) -> None:
+        home = Home(self.home)
+        if not self.dropped:
+            assert not self.model.exists()
+            return
+        newest = checkpoint.newest(home, checkpoint.Verifier(), lambda text: None)
+        assert newest is not None
+        for name in ("lineage.json", "trainer_state.json", scripted.WEIGHTS):
+            assert (self.model / name).read_bytes() == (newest.path / name).read_bytes(), f"{name} is not published"
+        assert newest.lineage.in_progress is None
+        assert sorted(record.rows for record in newest.lineage.files) == sorted(self.dropped)
+        assert [record.job for record in newest.lineage.files] == list(range(1, len(self.dropped) + 1))
+        self.check_rows(newest.lineage, scripted.weights_in(newest.path))
+
+    def check_rows(self, lineage: Lineage, seen: list[list[Any]]) -> None:
+        """What the weights say they were given, step by step, is what the lineage says and the log foretold."""
+        assert len(seen) == lineage.global_step
+        foretold = {int(reaching): int(steps) for steps, reaching in SENTENCE.findall(self.whole_log)}
+        at = 0
+        for record in lineage.files:
+            assert (record.base_step, record.outcome) == (at, "trained")
+            steps = seen[record.base_step : record.target_step]
+            assert {name for name, _ in steps} == {record.name}
+            assert sorted(row for _, rows in steps for row in rows) == list(range(record.rows)), record
+            assert foretold[record.target_step] == record.planned_steps == len(steps)
+            at = record.target_step
+        assert at == lineage.global_step
+
+    @property
+    def whole_log(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.home / "logs").glob("daemon.log*")))
+
+    def check_ledger(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.home / "state" / "ledger.sqlite3")) as ledger:
+            assert ledger.execute("pragma integrity_check").fetchone() == ("ok",)
+            states = ledger.execute("select state, count(*) from job group by state").fetchall()
+        assert states == ([("trained", len(self.dropped))] if self.dropped else [])
+
+
+def _worker_of(daemon: int) -> int | None:
+    """The worker among the daemon's children, as the kernel knows them."""
+    try:
+        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+    except FileNotFoundError:
+        return None
+    for child in map(int, children):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if b"--worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    return None
