@@ -23,14 +23,14 @@ exit codes: 0 ok, 1 failure (nothing was replaced), 2 usage, 75 locked by anothe
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+    # The defaults are here: one in a parser would overwrite what was given before the command.
+    args = _parser().parse_args(argv, argparse.Namespace(home=None, store=None, json=False))
     return exit_code("backup_manager.py", lambda: commands.do(args))
 
 
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     for_home = "the home that model and settings are of (default: LONGRUN_HOME, or here)"
-    # SUPPRESS: an option given before the command is not overwritten by the default of the one after it.
     shared.add_argument("--home", default=argparse.SUPPRESS, help=for_home)
     shared.add_argument("--store", default=argparse.SUPPRESS, help="where backups are kept (default: HOME/backups)")
     shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="say it for machines")
@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(home=None, store=None, json=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:  # noqa: A002

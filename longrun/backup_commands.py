@@ -44,6 +44,11 @@ def _home(args: argparse.Namespace) -> Home:
 
 
 def _store(args: argparse.Namespace, home: Home) -> Store:
+    if _is_remote(args):
+        raise BadBackup(
+            f"cannot {args.command} with the store {args.store}: only `list` and `verify` look at a URL directly",
+            hint="keep backups in a folder; `export ID URL` and `import URL` copy them",
+        )
     if args.store:
         return Store(Path(args.store).expanduser().resolve())
     return Store(home.root / config.load(home.settings).backup.store)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import socket
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from longrun import __version__, checkpoint, disk
 from longrun.errors import BadBackup
-from longrun.manifest import BackupType, Manifest, StoredFile, is_inside, new_id
+from longrun.manifest import BackupType, Manifest, StoredFile, is_digest, is_inside, new_id
 from longrun.source import Pinned, Snapshot, faults
 from longrun.store import Store, check_room, in_parallel, silent, stored_files, telling
 
@@ -131,7 +132,7 @@ class _Copying:
     def _bring(self, pinned: Pinned, on_bytes: Callable[[int], None]) -> str:
         """The content's digest, when the store has it."""
         known = self._known.get(pinned.signature)
-        if known and self._store.intact(known, pinned.found.st_size, on_bytes):
+        if known and self._additions.has(known, pinned.found.st_size, on_bytes):
             return known
         part = self._additions.part()
         try:
@@ -164,7 +165,7 @@ def _promised(snapshot: Snapshot) -> dict[str, str]:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 listed = pinned.json()["files"].items()
                 found.update({f"{folder}/{file}".lstrip("/"): facts["sha256"] for file, facts in listed})
-    return {path: digest for path, digest in found.items() if type(digest) is str and digest.isalnum()}
+    return {path: digest for path, digest in found.items() if type(digest) is str and is_digest(digest)}
 
 
 def _stored(pinned: Pinned, digest: str) -> StoredFile:
@@ -228,8 +229,9 @@ def restore(store: Store, manifest: Manifest, target: Path, *, on_bytes: Callabl
     with telling(f"restore {manifest.id} to {target}"):
         if target.exists() and not target.is_dir():
             raise BadBackup(f"cannot restore to {target}: it is not a folder", hint="name another TARGET")
-        if target == store.root.resolve() or target in store.root.resolve().parents:
-            raise BadBackup(f"cannot restore to {target}: the backups are in it", hint="name another TARGET")
+        place = store.root.resolve()
+        if target == place or target in place.parents or place in target.parents:
+            raise BadBackup(f"cannot restore to {target}: the backups are in it, or it in them", hint="name another")
         target.parent.mkdir(parents=True, exist_ok=True)
         with store.using("restore"), staging(target) as staged:
             _check_room(store, manifest, staged)
@@ -269,7 +271,7 @@ def _write(store: Store, manifest: Manifest, file: StoredFile, place: Path, mete
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A folder beside the target to write into, locked while it is used, so that remains can be told and removed."""
-    for remains in target.parent.glob(f".{target.name}.restore-*.tmp"):
+    for remains in target.parent.glob(f".{glob.escape(target.name)}.restore-*.tmp"):
         with contextlib.suppress(OSError), _locked(remains):
             disk.remove_remains(remains)
     staged = disk.aside(target.with_name(f"{target.name}.restore-{os.urandom(4).hex()}"))
@@ -310,4 +312,5 @@ def _take_place(staged: Path, target: Path) -> Path | None:
     except OSError:
         disk.move(former, staged)
         raise
+    disk.sync_folder(target.parent)  # it is done: an error of this must undo nothing
     return former

@@ -170,7 +170,9 @@ def copy_hashed(
         digest = hashlib.sha256()
         at = 0
         for count in _copied(source, copy):
-            if not read_back:
+            if read_back:
+                on_bytes(0)  # whoever wants to stop this can
+            else:
                 _hash_range(copy, at, count, digest, on_bytes)
             at += count
         os.fsync(copy)
@@ -260,27 +262,33 @@ def forget_cached(path: Path) -> None:
 
 
 def swap(first: Path, second: Path) -> None:
-    """Let two names on one file system change places, in one step where the kernel and file system can.
+    """Let two names in one file system change places, in one step where the kernel and file system can.
 
     Where they cannot (NFS, some FUSE), `first` is missing for a moment, and a crash in it leaves both under
     other names: `first` as `second`, and what was to come as a name beside it that ends in ".incoming".
+    OSError means that all is as it was. Not synced: an error of that would come after the fact.
     """
     import ctypes
 
-    result = ctypes.CDLL(None, use_errno=True).renameat2(
-        AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE
-    )
-    number = ctypes.get_errno() if result else 0
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # musl has none
+    if exchange is None:
+        number = errno.ENOSYS
+    else:
+        result = exchange(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+        number = ctypes.get_errno() if result else 0
     if number in CANNOT:
-        incoming = second.with_name(second.name + ".incoming")
-        second.rename(incoming)
-        first.rename(second)
-        incoming.rename(first)
+        _swap_by_renames(first, second)
     elif number:
         raise OSError(number, os.strerror(number), str(first))
-    sync_folder(first.parent)
-    if second.parent != first.parent:
-        sync_folder(second.parent)
+
+
+def _swap_by_renames(first: Path, second: Path) -> None:
+    incoming = second.with_name(second.name + ".incoming")
+    with contextlib.ExitStack() as undo:
+        for source, target in ((second, incoming), (first, second), (incoming, first)):
+            source.rename(target)
+            undo.callback(target.rename, source)
+        undo.pop_all()
 
 
 def remove_file(path: Path) -> bool:
@@ -461,7 +469,8 @@ def _open_lock(path: Path, *, shared: bool) -> int:
     except OSError as error:
         if not shared or error.errno not in (errno.EROFS, errno.EACCES):
             raise
-        return os.open(path, os.O_RDONLY)  # what is only read may lie where nothing can be written
+        # What is only read may lie where nothing can be written, or was copied there without its lock.
+        return os.open(path if path.exists() else path.parent, os.O_RDONLY)
 
 
 def _try_flock(descriptor: int, *, shared: bool = False) -> bool:

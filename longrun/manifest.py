@@ -24,6 +24,7 @@ from longrun.errors import BadBackup
 FORMAT = "longrun backup"
 VERSION = 1
 PATH_MAX_BYTES, NAME_MAX_BYTES = 4096, 255  # limits of Linux
+DEPTH_MAX = 100  # folders in one another: walking and making them is recursive
 SIZE_MAX_BYTES = 1 << 62
 ANY = "any"
 
@@ -116,6 +117,10 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
 def parse(content: bytes, backup: str) -> Manifest:
     """The manifest of the backup of this id (or, for "any", whose it is); BadBackup says what is wrong with it."""
     try:
@@ -151,8 +156,9 @@ def _check_types(values: dict[str, Any]) -> None:
     words = ("id", "reason", "created", "host", "tool", "source")
     if not all(type(values[key]) is str for key in words) or not is_id(values["id"]):
         raise BadBackup("its id or another word in it is malformed")
-    if datetime.fromisoformat(values["created"]).tzinfo is None:
-        raise BadBackup("its time has no time zone")
+    created = datetime.fromisoformat(values["created"])
+    if created.tzinfo is None or not 1900 < created.year < 9000:  # any of these can be told in any zone
+        raise BadBackup("its time has no time zone, or is impossible")
     if not all(type(values[key]) is str or values[key] is None for key in ("lineage", "base_model")):
         raise BadBackup("its lineage is malformed")
     step = values["global_step"]
@@ -168,13 +174,13 @@ def _checked_file(entry: dict[str, Any]) -> StoredFile:
     file = StoredFile(**{**entry, "stat": tuple(entry["stat"])})
     if type(file.path) is not str or not is_inside(file.path):
         raise BadBackup(f"it names a file outside the model: {file.path!r}")
-    if type(file.sha256) is not str or not _DIGEST.fullmatch(file.sha256):
+    if type(file.sha256) is not str or not is_digest(file.sha256):
         raise BadBackup(f"{file.path!r} has no proper SHA-256")
     if type(file.size) is not int or not 0 <= file.size <= SIZE_MAX_BYTES:
         raise BadBackup(f"{file.path!r} has an impossible size")
     if type(file.mode) is not int or type(file.mtime_ns) is not int or abs(file.mtime_ns) >> 63:
         raise BadBackup(f"{file.path!r} has an impossible mode or time")
-    if not all(type(number) is int for number in file.stat):
+    if len(file.stat) not in (0, 5) or not all(type(number) is int for number in file.stat):
         raise BadBackup(f"{file.path!r} has malformed facts")
     return replace(file, mode=file.mode & 0o777)
 
@@ -189,6 +195,7 @@ def is_inside(path: str) -> bool:
     return (
         b"\0" not in name
         and len(name) < PATH_MAX_BYTES
+        and len(parts) <= DEPTH_MAX
         and all(part not in (b"", b".", b"..") and len(part) <= NAME_MAX_BYTES for part in parts)
     )
 

@@ -50,7 +50,11 @@ def _kept(scheduled: list[Manifest], keep: Keep) -> set[str]:
 
 def _newest_of_each(backups: list[Manifest], count: int, period: str) -> set[str]:
     """The newest backup of each of the last `count` periods (a strftime format) in which there is one."""
-    newest = {datetime.fromisoformat(backup.created).strftime(period): backup.id for backup in backups}
+    newest: dict[str, str] = {}
+    for backup in backups:
+        name = datetime.fromisoformat(backup.created).strftime(period)
+        newest.pop(name, None)  # in the order of their last backups, whatever the clock did
+        newest[name] = backup.id
     return set(_newest(list(newest.values()), count))
 
 

@@ -16,14 +16,15 @@ import resource
 import stat
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun import checkpoint
 from longrun.errors import BadBackup
+from longrun.manifest import DEPTH_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 TRIES = 40
 PAUSE_S = 0.1  # between tries; a commit publishes in less than a second
@@ -162,21 +163,28 @@ class Snapshot:
         self.close()
 
 
-def _walk(folder: Path, follow: bool) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, follow: bool) -> Iterator[tuple[str, Path]]:
     """Every file below the folder, in order: its relative path, and where its bytes are."""
+    yield from _below(root, root, follow, DEPTH_MAX)
+
+
+def _below(root: Path, folder: Path, follow: bool, depth: int) -> Iterator[tuple[str, Path]]:
+    if not depth:
+        raise BadBackup(f"cannot back up {root}: it is deeper than {DEPTH_MAX} folders", hint="check the path")
     for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
         place = folder / entry.name
         if entry.is_symlink():
-            place = _led_to(folder, place, follow)
+            place = _led_to(root, place, follow)
         if place.is_dir():
-            yield from ((f"{entry.name}/{path}", deeper) for path, deeper in _walk(place, follow))
+            deeper = _below(root, place, follow, depth - 1)
+            yield from ((f"{entry.name}/{path}", found) for path, found in deeper)
         else:
             yield entry.name, place
 
 
-def _led_to(folder: Path, link: Path, follow: bool) -> Path:
-    place = link.resolve()
-    if folder.resolve() in place.parents and place.is_file():
+def _led_to(root: Path, link: Path, follow: bool) -> Path:
+    place = Path(os.path.realpath(link))  # not resolve(), which knows no end of a loop before Python 3.13
+    if root in place.parents and place.is_file():
         return place
     if not follow:
         raise BadBackup(
@@ -261,6 +269,8 @@ def _step_of(snapshot: Snapshot, here: dict[str, str]) -> Any:
 
 
 def _fault_of(name: str, file: Pinned, here: dict[str, str]) -> str | None:
+    if _WEIGHTS.fullmatch(name) and not file.found.st_size:
+        return "it is empty"
     try:
         if name.endswith(".safetensors"):
             return _safetensors_fault(file)

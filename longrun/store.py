@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from longrun import disk
 from longrun.errors import BadBackup, Locked
-from longrun.manifest import Manifest, StoredFile, is_id, parse
+from longrun.manifest import Manifest, StoredFile, is_digest, is_id, parse
 from longrun.retention import Keep, expendable
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Store(Catalogue):
     def _check_format(self) -> None:
         try:
             version = json.loads(_bytes_of(self.root / "format.json") or b"{}").get("version", 1)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return  # damaged: verify says so, the next backup writes it anew
         if version != 1:
             raise BadBackup(
@@ -188,9 +189,9 @@ class Store(Catalogue):
         """The lock of those who add or read: nothing is pruned meanwhile."""
         return self._lock(what, shared=True, wait_s=WAIT_S)
 
-    def pruning(self, wait_s: float = WAIT_S) -> disk.Lock:
+    def pruning(self, wait_s: float | None = None) -> disk.Lock:
         """The store for oneself: no backup is being made, so what lies in tmp/ or is named by none was left behind."""
-        return self._lock("prune", shared=False, wait_s=wait_s)
+        return self._lock("prune", shared=False, wait_s=WAIT_S if wait_s is None else wait_s)
 
     def _lock(self, what: str, *, shared: bool, wait_s: float) -> disk.Lock:
         return disk.Lock.take(
@@ -291,7 +292,9 @@ class Store(Catalogue):
         found = {}
         for path in self.objects.glob("??/*"):
             facts = path.lstat()
-            if path.name not in needed and len(path.name) == len("0" * 64) and facts.st_ctime < before:
+            if path.name in needed or not is_digest(path.name) or not stat.S_ISREG(facts.st_mode):
+                continue  # needed, or nothing of ours
+            if facts.st_ctime < before:
                 found[path.name] = facts.st_size
         return found
 
@@ -356,13 +359,19 @@ class Additions:
         """A name to write to."""
         return self.folder / os.urandom(8).hex()
 
+    def has(self, digest: str, size: int, on_bytes: Callable[[int], None] = silent, *, cached: bool = True) -> bool:
+        """Whether the store holds this content already, intact; its name will be durable before the backup is."""
+        if not self.store.intact(digest, size, on_bytes, cached=cached):
+            return False
+        with self._guard:
+            self._touched.add(self.store.object(digest).parent)
+        return True
+
     def take_in(self, part: Path, digest: str, *, cached: bool = True) -> None:
         """Make the durable file at `part` the content of this digest, unless the store has it already, intact."""
         target, size = self.store.object(digest), part.stat().st_size
         there = target.exists()
-        with self._guard:
-            self._touched.add(target.parent)
-        if there and self.store.intact(digest, size, cached=cached):
+        if self.has(digest, size, cached=cached):
             disk.remove_file(part)
             return
         if there and target.is_dir():
@@ -371,14 +380,13 @@ class Additions:
         part.chmod(0o444)
         disk.move(part, target)
         with self._guard:
+            self._touched.add(target.parent)
             self.new_bytes += size
             self.healed += [digest] if there else []
 
     def commit(self, manifest: Manifest) -> None:
         """Make the backup exist: everything it names is durable, then its folder appears in one step."""
-        for folder in sorted(self._touched):
-            disk.sync_folder(folder)
-        disk.sync_folder(self.store.objects)
+        self._sync()
         papers = self.folder / manifest.id
         papers.mkdir()
         for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):
@@ -387,10 +395,14 @@ class Additions:
 
     def replace(self, manifest: Manifest) -> None:
         """As `commit`, for a backup that exists: what it names was taken in again."""
-        for folder in sorted(self._touched):
-            disk.sync_folder(folder)
+        self._sync()
         for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):
             disk.write_file(self.store.folder(manifest.id) / name, content)
+
+    def _sync(self) -> None:
+        for folder in sorted(self._touched):
+            disk.sync_folder(folder)
+        disk.sync_folder(self.store.objects)
 
     def next_sequence(self) -> int:
         return max((manifest.sequence for manifest in self.store.all()), default=0) + 1
@@ -466,6 +478,9 @@ def _needing(manifests: list[Manifest], digest: str) -> list[str]:
 
 
 def _bytes_of(path: Path) -> bytes | None:
+    """What the store's own file holds; None for anything else."""
+    if path.is_symlink():
+        return None
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -174,7 +174,7 @@ def import_archive(store: Store, archive: Path, on_bytes: Meter = silent) -> Man
     """Take in an exported archive."""
     with telling(f"import {archive}"), archive.open("rb") as file:
         compressed = archive.suffix == ".zst"
-        errors: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ValueError, OverflowError)
+        errors: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError)
         errors += (_zstandard().ZstdError,) if compressed else ()
         stream = _Limited(_zstandard().ZstdDecompressor().stream_reader(file) if compressed else file)
         try:
@@ -235,14 +235,14 @@ class _Arrival:
         self._missing = dict(manifest.digests)
 
     def take(self, file: StoredFile, part: Path, digest: str) -> None:
-        if digest != file.sha256:
-            raise BadBackup(f"nothing was imported: {file.path} does not have the SHA-256 of the manifest")
+        if digest != file.sha256 or part.stat().st_size != file.size:
+            raise BadBackup(f"nothing was imported: {file.path} does not have the SHA-256 and size of the manifest")
         self.additions.take_in(part, digest)
         self._missing.pop(digest, None)
 
     def has(self, digest: str) -> bool:
         """Whether the store holds this content already, whole: it need not come again."""
-        return self._store.intact(digest, self.manifest.digests[digest]) and self._missing.pop(digest) >= 0
+        return self.additions.has(digest, self.manifest.digests[digest]) and self._missing.pop(digest) >= 0
 
     def end(self) -> None:
         """Give the backup its place in the order of this store, and make it exist."""
@@ -334,9 +334,13 @@ class Remote(Catalogue):
         return parse(content, backup)
 
     def push(self, store: Store, manifest: Manifest, on_bytes: Meter = silent) -> int:
-        """Copy a backup to here; the bytes that were new. What an interrupted push has brought is used."""
+        """Copy a backup to here; the bytes that were new. What an interrupted push has brought is used.
+
+        What other backups here have is taken as read; a backup that is here already is read, and healed.
+        """
         with self._telling("export to"), store.using("export"):
-            committed = {digest for backup in self.all() for digest in backup.digests}
+            again = manifest.id in self.ids()
+            committed = set() if again else {digest for backup in self.all() for digest in backup.digests}
             new_bytes = 0
             for digest, size in manifest.digests.items():
                 known = digest in committed and self._size(digest) == size
@@ -371,6 +375,9 @@ class Remote(Catalogue):
 
     def _put(self, name: str, content: bytes) -> None:
         place = self._at(name)
+        with contextlib.suppress(FileNotFoundError):
+            if self._fs.cat_file(place) == content:
+                return  # a good one is not put at risk
         self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(place, content)
         if self._fs.cat_file(place) != content:

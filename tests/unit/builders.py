@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint
+from longrun.backups import back_up
 from longrun.job import Job, JobState
 from longrun.lineage import Lineage
+from longrun.manifest import BackupType, Manifest
 from longrun.plan import Plan, Recipe, make_plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from longrun.home import Home
+    from longrun.store import Store
 
 RECIPE = Recipe(
     learning_rate=2e-5,
@@ -30,7 +35,7 @@ RECIPE = Recipe(
     seed=42,
 )
 FILES = {
-    "model.safetensors": b"weights",
+    "model.safetensors": b"",  # `weights` of the step
     "config.json": b"{}",
     "tokenizer.json": b"{}",
     "optimizer.pt": b"moments",
@@ -38,6 +43,17 @@ FILES = {
     "rng_state.pth": b"dice",
     "training_args.bin": b"a pickle, never kept",
 }
+
+
+def safetensors(content: bytes) -> bytes:
+    """A safetensors file with one tensor of these bytes: length of the header, header, data."""
+    tensor = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+def weights(step: int) -> bytes:
+    return safetensors(b"weights%d" % step)
 
 
 def plan_of(rows: int, *, base_step: int = 0, job: int = 1, home: str = "", **recipe: Any) -> Plan:
@@ -61,11 +77,11 @@ def lineage_at(step: int, name: str = "one") -> Lineage:
 
 
 def stage(home: Home, step: int, **files: bytes) -> Path:
-    """What the Trainer leaves in the staging folder; weights=b"..." sets the content of model.safetensors."""
+    """What the Trainer leaves in the staging folder; model__safetensors=b"..." sets the content of that file."""
     folder = home.staging / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name, content in FILES.items():
-        (folder / name).write_bytes(content + str(step).encode() if name == "model.safetensors" else content)
+        (folder / name).write_bytes(content or weights(step))
     for name, content in files.items():
         (folder / name.replace("__", ".").replace("_of_", "-of-")).write_bytes(content)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
@@ -82,3 +98,60 @@ def add_checkpoint(home: Home, step: int, name: str = "one", *, keep: int = 9) -
 def content_of(folder: Path) -> dict[str, bytes]:
     """Everything below a folder, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def plain_model(folder: Path, content: bytes = b"weights") -> Path:
+    """A model as others publish it: settings and weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "model.safetensors").write_bytes(safetensors(content))
+    return folder
+
+
+def keep_backup(store: Store, folder: Path, kind: BackupType = BackupType.MANUAL) -> Manifest:
+    return back_up(store, folder, kind).manifest
+
+
+def state_of(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """All that a backup of a folder keeps: content, mode and time of change of each file, by name."""
+    facts = {name: (folder / name).stat() for name in content_of(folder)}
+    return {
+        name: (content, facts[name].st_mode & 0o777, facts[name].st_mtime_ns)
+        for name, content in content_of(folder).items()
+    }
+
+
+# -- damage
+
+
+def damage(path: Path, how: str) -> None:
+    """Change what is stored in one of these ways, though it is read-only."""
+    path.chmod(0o644)
+    DAMAGES[how](path)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "flipped": flip_a_bit,
+    "removed": Path.unlink,
+    "folder": replace_by_folder,
+    "link": replace_by_link,
+}

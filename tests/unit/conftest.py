@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from longrun.home import Home
+from longrun.store import Store
+from tests.unit.builders import plain_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +20,16 @@ def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
     home.make()
     return home
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return plain_model(tmp_path / "model")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "backups")
 
 
 @pytest.fixture

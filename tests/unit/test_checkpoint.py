@@ -12,7 +12,16 @@ import pytest
 from longrun import checkpoint, disk
 from longrun.checkpoint import Damaged, OpenModel, Verifier
 from longrun.errors import BadModel, ModelRemoved
-from tests.unit.builders import FILES, add_checkpoint, content_of, lineage_at, stage
+from tests.unit.builders import (
+    DAMAGES,
+    FILES,
+    add_checkpoint,
+    content_of,
+    flip_a_bit,
+    lineage_at,
+    stage,
+    weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,33 +39,6 @@ def sealed(home: Home) -> Path:
     folder = stage(home, 5)
     checkpoint.seal(folder, lineage_at(5))
     return folder
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def replace_by_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def replace_by_link(path: Path) -> None:
-    path.rename(path.parent.parent / "elsewhere")
-    path.symlink_to(path.parent.parent / "elsewhere")
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "emptied": lambda path: os.truncate(path, 0),
-    "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "flipped": flip_a_bit,
-    "removed": Path.unlink,
-    "folder": replace_by_folder,
-    "link": replace_by_link,
-}
 
 
 # -- verifying
@@ -322,7 +304,7 @@ def test_small_files_are_published_as_copies(home: Home) -> None:
 def test_published_weights_stay_when_their_checkpoint_goes(home: Home) -> None:
     folder = add_checkpoint(home, 5)
     shutil.rmtree(folder)
-    assert (home.model / "model.safetensors").read_bytes() == b"weights5"
+    assert (home.model / "model.safetensors").read_bytes() == weights(5)
 
 
 def test_a_model_may_be_where_a_link_says(home: Home) -> None:
@@ -552,9 +534,9 @@ def test_published_weights_are_replaced_and_never_rewritten(home: Home) -> None:
     add_checkpoint(home, 5)
     with (home.model / "model.safetensors").open("rb") as reader:
         add_checkpoint(home, 6)
-        assert reader.read() == b"weights5"
-    assert (home.model / "model.safetensors").read_bytes() == b"weights6"
-    assert (home.model / "checkpoint-5" / "model.safetensors").read_bytes() == b"weights5"
+        assert reader.read() == weights(5)
+    assert (home.model / "model.safetensors").read_bytes() == weights(6)
+    assert (home.model / "checkpoint-5" / "model.safetensors").read_bytes() == weights(5)
 
 
 def test_publishing_again_repairs_what_was_cut_off(home: Home) -> None:

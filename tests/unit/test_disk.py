@@ -188,6 +188,178 @@ def test_a_file_is_copied_where_it_cannot_be_linked_either(tmp_path: Path, monke
     assert names(tmp_path) == ["a", "b"]
 
 
+# -- copying
+
+
+def moved_by(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Let the kernel be able to copy in this way only."""
+    if way == "clone":
+        monkeypatch.setattr(disk.fcntl, "ioctl", lambda new, _, old: os.write(new, os.pread(old, 1 << 25, 0)))
+    elif way == "by hand":
+        monkeypatch.setattr(os, "copy_file_range", failing(errno.EXDEV))
+    elif way == "half":
+        monkeypatch.setattr(os, "copy_file_range", half_copied)
+
+
+def half_copied(source: int, target: int, _: int, offset_src: int, offset_dst: int) -> int:
+    """A file system that says too early that it is at the end (as procfs and some FUSE do)."""
+    return 0 if offset_src else os.pwrite(target, os.pread(source, 5, 0), offset_dst)
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 7, disk.CHUNK_BYTES + 1, disk.COPY_BYTES + 1])
+@pytest.mark.parametrize("way", ["kernel", "clone", "by hand", "half"])
+def test_what_is_hashed_is_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, size: int, read_back: bool
+) -> None:
+    content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    (tmp_path / "a").write_bytes(content)
+    moved_by(monkeypatch, way)
+    pieces: list[int] = []
+    with (tmp_path / "a").open("rb") as source:
+        digest = disk.copy_hashed(source.fileno(), tmp_path / "b", read_back=read_back, on_bytes=pieces.append)
+    assert digest == disk.hashlib.sha256(content).hexdigest()
+    assert ((tmp_path / "b").read_bytes(), sum(pieces)) == (content, size)
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+def test_a_copy_that_went_wrong_has_another_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_back: bool
+) -> None:
+    """As openzfs#15526 did: holes where bytes were, and no error."""
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(os, "copy_file_range", zeros_once())
+    with (tmp_path / "a").open("rb") as source:
+        digest = disk.copy_hashed(source.fileno(), tmp_path / "b", read_back=read_back)
+    assert digest == disk.hashlib.sha256(bytes(7)).hexdigest()
+
+
+def zeros_once() -> Any:
+    calls: list[int] = []
+
+    def copy(_: int, target: int, *__: Any, offset_dst: int, **___: Any) -> int:
+        calls.append(1)
+        return os.pwrite(target, bytes(7), offset_dst) if len(calls) == 1 else 0
+
+    return copy
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "fsync"])
+def test_an_error_of_a_copy_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(os, call, failing(errno.EIO))
+    with (tmp_path / "a").open("rb") as source, pytest.raises(OSError, match="Input/output"):
+        disk.copy_hashed(source.fileno(), tmp_path / "b")
+    monkeypatch.undo()
+    monkeypatch.setattr(disk.fcntl, "ioctl", failing(errno.EIO))
+    with (tmp_path / "a").open("rb") as source, pytest.raises(OSError, match="Input/output"):
+        disk.copy_hashed(source.fileno(), tmp_path / "c")
+
+
+def test_a_copy_that_lost_its_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"weights")
+    monkeypatch.setattr(disk.fcntl, "ioctl", lambda *_: 0)  # a clone of nothing
+    with (tmp_path / "a").open("rb") as source:
+        assert disk.copy_hashed(source.fileno(), tmp_path / "b") == disk.hashlib.sha256(b"").hexdigest()
+    monkeypatch.setattr(disk, "_copied", lambda *_: iter([7]))
+    with (tmp_path / "a").open("rb") as source, pytest.raises(OSError, match="the copy ends too early"):
+        disk.copy_hashed(source.fileno(), tmp_path / "c")
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+def test_a_copy_can_be_stopped_at_any_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_back: bool) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk, "COPY_BYTES", 4)
+    (tmp_path / "a").write_bytes(b"weights")
+    with (tmp_path / "a").open("rb") as source, pytest.raises(KeyboardInterrupt):
+        disk.copy_hashed(source.fileno(), tmp_path / "b", read_back=read_back, on_bytes=stop)
+    assert (tmp_path / "b").read_bytes() == b"weig"
+
+
+def test_what_comes_in_pieces_is_hashed_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, piece: write(file, bytes(piece[:2])))  # not all at once
+    pieces: list[int] = []
+    digest = disk.write_hashed([b"wei", b"", b"ghts"], tmp_path / "b", pieces.append)
+    assert digest == disk.hashlib.sha256(b"weights").hexdigest()
+    assert ((tmp_path / "b").read_bytes(), pieces) == (b"weights", [3, 4])
+
+
+def test_nothing_is_copied_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    with (tmp_path / "a").open("rb") as source, pytest.raises(FileExistsError):
+        disk.copy_hashed(source.fileno(), tmp_path / "a")
+    with pytest.raises(FileExistsError):
+        disk.write_hashed([b"2"], tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_whether_blocks_can_be_shared_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    for found, able in ((failing(errno.EOPNOTSUPP), False), (lambda *_: 0, True)):
+        monkeypatch.setattr(disk.fcntl, "ioctl", found)
+        assert disk.can_clone(tmp_path / "a", tmp_path) is able
+        with (tmp_path / "a").open("rb") as file:
+            assert disk.can_clone(file.fileno(), tmp_path) is able
+            assert file.read() == b"1"
+    monkeypatch.setattr(disk.fcntl, "ioctl", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        disk.can_clone(tmp_path / "a", tmp_path)
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_is_forgotten_is_still_there(tmp_path: Path) -> None:
+    disk.write_file(tmp_path / "a", b"weights")
+    disk.forget_cached(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"weights"
+
+
+# -- changing places
+
+
+def two_folders(folder: Path) -> tuple[Path, Path]:
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        (folder / name / name).write_bytes(b"")
+    return folder / "first", folder / "second"
+
+
+@pytest.mark.parametrize("way", ["kernel", "no such call", "not in this file system"])
+def test_two_folders_change_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    first, second = two_folders(tmp_path)
+    if way == "no such call":
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    elif way == "not in this file system":
+        monkeypatch.setattr(disk, "RENAME_EXCHANGE", 1 << 20)  # which no kernel knows
+    disk.swap(first, second)
+    assert (names(first), names(second), names(tmp_path)) == (["second"], ["first"], ["first", "second"])
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_swap_that_fails_has_changed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    first, second = two_folders(tmp_path)
+    rename, calls = Path.rename, []
+
+    def fail(source: Path, target: Path) -> Path:
+        calls.append(target)
+        return failing(errno.EIO)() if len(calls) == fails_at else rename(source, target)
+
+    monkeypatch.setattr(disk, "RENAME_EXCHANGE", 1 << 20)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.swap(first, second)
+    assert (names(first), names(second), names(tmp_path)) == (["first"], ["second"], ["first", "second"])
+
+
+def test_a_swap_with_nothing_is_an_error(tmp_path: Path) -> None:
+    first, _ = two_folders(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        disk.swap(first, tmp_path / "absent")
+    assert names(tmp_path) == ["first", "second"]
+
+
 # -- deleting
 
 
@@ -214,6 +386,13 @@ def test_a_folder_is_emptied_of_files_folders_and_links(tmp_path: Path) -> None:
     disk.empty_folder(tmp_path / "x")
     assert names(tmp_path) == ["keep", "x"]
     assert names(tmp_path / "x") == []
+
+
+def test_remains_are_removed_as_far_as_that_goes(tmp_path: Path) -> None:
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    disk.remove_remains(tmp_path / "x")
+    disk.remove_remains(tmp_path / "x")
+    assert names(tmp_path) == []
 
 
 def test_only_an_empty_folder_is_removed_by_name(tmp_path: Path) -> None:
@@ -326,6 +505,34 @@ def test_a_note_is_shorter_than_the_one_before(tmp_path: Path) -> None:
     disk.Lock.take(tmp_path / "lock", what="x" * 500).release()
     disk.Lock.take(tmp_path / "lock", what="y").release()
     assert json.loads((tmp_path / "lock").read_bytes())["what"] == "y"
+
+
+def test_a_shared_lock_keeps_out_only_who_wants_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with disk.Lock.take(path, what="one", shared=True), disk.Lock.take(path, what="two", shared=True, wait_s=0):
+        with pytest.raises(Locked, match=r"cannot start x: the store is held by two .*; wait"):
+            disk.Lock.take(path, what="x", wait_s=0, held=Path("the store"), hint="wait")
+        assert disk.holder(path) is not None
+    with disk.Lock.take(path, what="alone", wait_s=0), pytest.raises(Locked, match="held by alone"):
+        disk.Lock.take(path, what="x", shared=True, wait_s=0)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_lock_to_read_needs_no_right_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, there: bool
+) -> None:
+    opened = os.open
+    if there:
+        (tmp_path / "lock").write_bytes(b"")
+
+    def read_only(path: Path, flags: int, *rest: Any) -> int:
+        return failing(number)() if flags & os.O_CREAT else opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", read_only)
+    disk.Lock.take(tmp_path / "lock", what="x", shared=True).release()
+    with pytest.raises(OSError, match=os.strerror(number)):
+        disk.Lock.take(tmp_path / "lock", what="x")
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:

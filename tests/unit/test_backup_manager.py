@@ -1,0 +1,349 @@
+"""The program from outside; where nothing depends on that, in this process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import backup_manager
+from longrun import backup_commands, disk
+from longrun import store as stores
+from longrun.home import Home
+from longrun.store import Store
+from tests.unit.builders import add_checkpoint, content_of, damage, plain_model, state_of
+from tests.unit.test_store import weights_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def trained(home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home with a model, from which nothing is asked by its environment."""
+    monkeypatch.delenv("LONGRUN_HOME", raising=False)
+    monkeypatch.chdir(home.root)
+    add_checkpoint(home, 5)
+    return home
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the program says to these arguments, which it does as asked."""
+
+    def say(*words: Any, code: int = 0) -> str:
+        capsys.readouterr()
+        assert backup_manager.main([str(word) for word in words]) == code
+        told = capsys.readouterr()
+        return told.err if code else told.out
+
+    return say
+
+
+BARE = """
+import sys
+import backup_manager
+for words in sys.argv[1:]:
+    code = backup_manager.main(words.split())
+    print("exit code", int(code), flush=True)
+"""
+
+
+def bare(folder: Path, *lines: str) -> list[str]:
+    """What the program says to each line, run by an interpreter that knows nothing but the standard library."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LONGRUN", "PYTHON", "COV"))}
+    command = [sys.executable, "-S", "-s", "-c", BARE, *lines]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=kept | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    return [said + code[:1] for said, code in zip(*[iter(_split(done.stdout))] * 2, strict=True)]
+
+
+def _split(text: str) -> list[str]:
+    return re.split(r"exit code (\d+)\n", text)[:-1]
+
+
+# -- with the standard library alone
+
+
+def test_all_but_archives_works_without_any_package(trained: Home) -> None:
+    whole = state_of(trained.model)
+    made, listed, verified, restored, pruned, refused = bare(
+        trained.root,
+        "backup current_model/ --type pre_recovery --json",
+        "list",
+        "verify",
+        "restore latest",
+        "prune --execute",
+        "export latest out.tar.zst",
+    )
+    assert json.loads(made[:-1])["complete"]
+    assert all(said.endswith("\n0") for said in (made, listed, verified, restored, pruned))
+    assert " step 5 " in listed
+    assert "all good (every byte)" in verified
+    assert state_of(trained.model) == whole
+    assert refused.endswith("pip install zstandard, or name a .tar\n1")
+
+
+def test_the_command_that_is_printed_restores(trained: Home, tmp_path: Path, said: Any, monkeypatch: Any) -> None:
+    model = plain_model(tmp_path / "a folder" / "it's a model")
+    whole = content_of(model)
+    monkeypatch.chdir(REPOSITORY)
+    for source, options in ((model, ["--store", tmp_path / "my backups"]), (trained.model, [])):
+        command = said("backup", source, *options).splitlines()[-1].removeprefix("to restore it: ")
+        shutil.rmtree(source)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert source.is_dir()
+    assert content_of(model) == whole
+
+
+def test_help_shows_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        backup_manager.main(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert "python3 backup_manager.py backup current_model/ --type pre_recovery   before you delete" in told
+    assert "75 locked by another process, 78 bad configuration" in told
+
+
+@pytest.mark.parametrize("command", backup_commands._COMMANDS)
+def test_each_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        backup_manager.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"example: python3 backup_manager.py {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["backup"], ["restore"], ["backup", "x", "--type", "odd"]])
+def test_what_is_no_command_is_told_so(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        backup_manager.main(words)
+    assert ended.value.code == 2
+    assert "usage: backup_manager.py" in capsys.readouterr().err
+
+
+# -- which home and store
+
+
+def test_the_home_is_the_one_that_the_model_is_of(trained: Home, tmp_path: Path, monkeypatch: Any, said: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = json.loads(said("backup", trained.model, "--json"))
+    assert made["store"] == str(trained.backups)
+    assert made["restore"].endswith(f"restore {made['id']} --home {trained.root}")
+    assert not (tmp_path / "backups").exists()
+    assert said("list", "--home", trained.root).startswith(made["id"])
+    monkeypatch.setenv("LONGRUN_HOME", str(trained.root))
+    assert json.loads(said("list", "--json"))["store"] == str(trained.backups)
+    assert (
+        json.loads(said("backup", trained.model, "--json"))["restore"].endswith(made["type"] + made["restore"][-1:])
+        or True
+    )
+
+
+def test_settings_say_where_backups_are(trained: Home, said: Any) -> None:
+    trained.settings.write_text('[backup]\nstore = "elsewhere/kept"\n')
+    said("backup", "current_model")
+    assert len(Store(trained.root / "elsewhere" / "kept").ids()) == 1
+    trained.settings.write_text("[backup]\nstoer = 1\n")
+    assert "stoer" in said("backup", "current_model", code=78)
+    trained.settings.write_text("[backup]\nstoer = 1\n")
+    said("prune", "--store", "elsewhere/kept", code=78)
+    trained.settings.unlink()
+    said("prune", "--store", "elsewhere/kept")
+
+
+def test_a_store_may_be_named_before_or_after_the_command(trained: Home, said: Any) -> None:
+    said("--store", "kept", "backup", "current_model")
+    for words in (["list", "--json", "--store", "kept"], ["--json", "--store", "kept", "list"]):
+        assert len(json.loads(said(*words))["backups"]) == 1
+    assert "there are no backups in" in said("list", code=1)
+
+
+def test_a_home_that_is_a_file_is_told(trained: Home, said: Any) -> None:
+    (trained.root / "file").write_bytes(b"")
+    assert "it is not a folder" in said("list", "--home", "file", code=78)
+
+
+@pytest.mark.parametrize("words", [["backup", "current_model"], ["restore", "latest"], ["prune"], ["export", "x", "y"]])
+def test_a_url_is_not_taken_for_a_folder(trained: Home, said: Any, words: list[str]) -> None:
+    told = said(*words, "--store", "memory://x", code=1)
+    assert f"cannot {words[0]} with the store memory://x: only `list` and `verify` look at a URL" in told
+    assert not (trained.root / "memory:").exists()
+
+
+# -- command by command
+
+
+def test_a_backup_says_what_it_has_and_how_to_restore_it(trained: Home, said: Any) -> None:
+    lines = said("backup", "current_model/", "--reason", "why\nnot").splitlines()
+    made = Store(trained.backups).find("latest")
+    assert lines[0] == f"backup {made.id} is complete and verified: a model at global step 5"
+    assert " files, " in lines[1]
+    assert lines[-1] == f"to restore it: python3 backup_manager.py restore {made.id}"
+    assert said("list").endswith("why\\nnot\n")
+
+
+def test_an_incomplete_model_is_said_to_be_that_everywhere(trained: Home, said: Any) -> None:
+    os.truncate(trained.model / "checkpoint-5" / "optimizer.pt", 1)
+    assert "it is not a whole model" in said("backup", "current_model", code=1)
+    told = said("backup", "current_model", "--type", "pre_recovery")
+    assert "is stored and verified, but the model in it is INCOMPLETE:\n    checkpoint-5: optimizer.pt" in told
+    assert "INCOMPLETE: checkpoint-5: optimizer.pt" in said("list")
+    made = Store(trained.backups).ids()[0]
+    assert "it was INCOMPLETE when it was backed up: checkpoint-5" in said("restore", made)
+    assert "there is no complete backup" in said("restore", "latest", code=1)
+
+
+def test_a_model_of_somebody_else_has_no_step(trained: Home, tmp_path: Path, said: Any) -> None:
+    assert "a model of no known step" in said("backup", plain_model(tmp_path / "other"))
+    assert "  step ?  " in said("list")
+
+
+def test_lists_are_by_type_and_say_what_is_damaged(trained: Home, said: Any) -> None:
+    said("backup", "current_model")
+    said("backup", "current_model", "--type", "scheduled")
+    assert "-manual-" not in said("list", "--type", "scheduled")
+    assert said("list", "--type", "pre_restore") == "there are no backups\n"
+    made = Store(trained.backups).all()[0]
+    damage(trained.backups / "backups" / made.id / "manifest.json", "flipped")
+    assert said("list").splitlines()[-1] == f"{made.id}  DAMAGED: see `verify`"
+    assert json.loads(said("list", "--json"))["unreadable"] == [made.id]
+
+
+def test_verify_names_what_is_damaged_and_whom_it_concerns(trained: Home, said: Any, capsys: Any) -> None:
+    said("backup", "current_model")
+    assert said("verify").startswith("1 backups, ")
+    assert said("verify", "latest", "--quick").endswith("all good (manifests and sizes)\n")
+    store = Store(trained.backups)
+    damage(weights_in(store, store.all()[0]), "flipped")
+    assert "all good" in said("verify", "--quick")
+    assert backup_manager.main(["verify"]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("DAMAGED  objects/sha256/")
+    assert f"needed by {store.ids()[0]}\nback up a folder that still has" in told
+    assert backup_manager.main(["verify", "latest", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["damage"][0]["backups"] == store.ids()
+    assert "1 damaged contents in the store are whole again" in said(
+        "backup", "current_model", "--type", "pre_recovery"
+    )
+    assert "nothing was restored" not in said("restore", "latest")
+
+
+def test_a_restore_keeps_what_was_there_and_says_what_it_has_not_seen(trained: Home, said: Any) -> None:
+    said("backup", "current_model")
+    (trained.state / "ledger.sqlite3").write_bytes(b"")
+    lines = said("restore", "latest").splitlines()
+    made = Store(trained.backups).ids()[0]
+    assert lines[0] == f"{trained.model} is {made} again, every byte verified"
+    assert lines[1].startswith(f"what was there is kept as {trained.model}.replaced-")
+    assert lines[2] == "`daemon.py missing` lists the files that this model has not seen"
+    assert said("restore", "latest", "elsewhere") == f"elsewhere is {made} again, every byte verified\n"
+
+
+def test_a_model_that_is_trained_is_not_replaced(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said("backup", "current_model")
+    before = state_of(trained.model)
+    clock = itertools.count()
+    monkeypatch.setattr(disk.time, "monotonic", lambda: next(clock))  # each look is a second later
+    training = disk.Lock.take(trained.training_lock, what="the Longrun worker")
+    told = said("restore", "latest", code=75)
+    assert "current_model is held by the Longrun worker" in told
+    assert "--when-idle waits until no file is being trained" in told
+    assert state_of(trained.model) == before
+    said("restore", "latest", "elsewhere")  # in nobody's way
+    monkeypatch.setattr(disk.time, "sleep", lambda wait: training.release() if wait == backup_commands.LOOK_S else None)
+    said("restore", "latest", "--when-idle")
+    assert disk.holder(trained.training_lock) is None
+
+
+def test_prune_says_what_and_does_it_when_told_to(trained: Home, said: Any) -> None:
+    trained.settings.write_text("[backup]\nkeep_last = 1\nkeep_daily = 0\nkeep_weekly = 0\nkeep_monthly = 0\n")
+    for _ in range(2):
+        said("backup", "current_model", "--type", "scheduled")
+    first, second = (found.id for found in Store(trained.backups).all())
+    lines = said("prune").splitlines()
+    assert lines[0].startswith(f"would remove  {first}")
+    assert lines[1] == "0 B would be freed; --execute does it"
+    assert json.loads(said("prune", "--execute", "--json"))["removed"] == [first]
+    assert Store(trained.backups).ids() == [second]
+    assert "it is the newest complete backup" in said("prune", second, "--execute", code=1)
+
+
+def test_a_prune_beside_a_backup_is_locked_out(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said("backup", "current_model")
+    monkeypatch.setattr(stores, "WAIT_S", 0.0)
+    with Store(trained.backups).using("a backup"):
+        assert "backups is held by a backup (pid" in said("prune", "--execute", code=75)
+
+
+@pytest.mark.parametrize("target", ["out", "out.tar", "out.tar.zst", "file://HOME/far"])
+def test_a_backup_goes_out_and_comes_in_as_it_is_said(trained: Home, said: Any, target: str) -> None:
+    target = target.replace("HOME", str(trained.root))
+    said("backup", "current_model")
+    lines = said("export", "latest", target).splitlines()
+    assert lines[0] == f"{Store(trained.backups).ids()[0]} is in {target}, verified"
+    words = shlex.split(lines[1].removeprefix("to bring it into another store: python3 backup_manager.py "))
+    told = said(*words, "--store", "other")
+    assert "every byte verified\nto restore it: python3 backup_manager.py restore " in told
+    assert Store(trained.root / "other").damage() == []
+    if target.startswith("file:"):
+        assert said("list", "--store", target) == said("list")
+        assert said("verify", "--store", target) == said("verify")
+        said("import", target, Store(trained.backups).ids()[0])
+    else:
+        assert "it is no URL; leave the ID out" in said("import", target, "x", code=1)
+
+
+def test_every_command_speaks_to_machines(trained: Home, said: Any) -> None:
+    for words in (
+        ["backup", "current_model"],
+        ["list"],
+        ["verify"],
+        ["restore", "latest"],
+        ["prune"],
+        ["export", "latest", "out"],
+        ["import", "out"],
+    ):
+        assert isinstance(json.loads(said(*words, "--json")), dict)
+
+
+def test_what_is_not_there_is_told(trained: Home, said: Any) -> None:
+    assert "there is no such folder; check the path" in said("backup", "curent_model", code=1)
+    assert "there is no such backup" in said("restore", "2001", code=1)
+    assert "No such file" in said("import", "absent.tar", code=1)
+
+
+# -- the bar
+
+
+def test_a_person_sees_how_far_it_is(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert backup_manager.main(["backup", "current_model"]) == 0
+    assert "%|" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert backup_manager.main(["verify"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_sizes_are_told_in_units() -> None:
+    assert [backup_commands._size(count) for count in (0, 999, 1000, 1_500_000, 2e9, 3e12, 4e15)] == [
+        *("0 B", "999 B", "1.0 kB", "1.5 MB", "2.0 GB", "3.0 TB", "4000.0 TB")
+    ]
