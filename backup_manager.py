@@ -23,7 +23,8 @@ exit codes: 0 ok, 1 failure (nothing was replaced), 2 usage, 75 locked by anothe
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+    # Not set_defaults: it would set those of the options that parser and commands share.
+    args = _parser().parse_args(argv, argparse.Namespace(home=None, store=None, json=False))
     return exit_code("backup_manager.py", lambda: commands.do(args))
 
 
@@ -41,7 +42,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(home=None, store=None, json=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:  # noqa: A002
