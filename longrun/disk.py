@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun.errors import Locked
@@ -74,7 +73,7 @@ def sync_trees(folders: list[Path]) -> None:
 def aside(path: Path) -> Path:
     """A name beside `path`, hidden, that nobody else uses."""
     name = os.fsdecode(os.fsencode(path.name)[:200])  # a name holds 255 bytes, not letters
-    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{name}.{os.urandom(4).hex()}.tmp")
 
 
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -250,7 +249,7 @@ def _hash_range(file: int, start: int, length: int, digest: Any, on_bytes: Calla
 def can_clone(source: Path | int, folder: Path) -> bool:
     """Whether the file system can make copies in `folder` that share the blocks of `source`."""
     old = source if isinstance(source, int) else os.open(source, os.O_RDONLY)
-    probe = folder / f"probe-{uuid.uuid4().hex[:8]}"
+    probe = folder / f"probe-{os.urandom(4).hex()}"
     try:
         with probe.open("xb") as new:
             fcntl.ioctl(new.fileno(), FICLONE, old)
@@ -312,7 +311,7 @@ def remove_folder(folder: Path) -> None:
 def remove_tree(folder: Path, trash: Path) -> None:
     """Delete `folder`; it leaves its name in one step, so a half-deleted one is never met under it."""
     trash.mkdir(parents=True, exist_ok=True)
-    doomed = trash / f"removed-{uuid.uuid4().hex[:8]}"
+    doomed = trash / f"removed-{os.urandom(4).hex()}"
     try:
         folder.rename(doomed)
     except FileNotFoundError:
