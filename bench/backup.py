@@ -223,12 +223,13 @@ def report(tools: list[Tool], absent: list[str], rounds: list[dict[tuple[str, st
 - load average when it ended: {", ".join(f"{load:.1f}" for load in os.getloadavg())}; what else ran is part of this
 {"".join(f"- not installed, left out: {line}{chr(10)}" for line in absent)}
 A model as Longrun keeps it: {len(STEPS)} checkpoints of random bytes, the newest published by hard links;
-{sum(sizes.values()) / 1e9:.2f} GB of files. {len(rounds)} rounds; a round runs each operation with all tools in turn,
-in rotated order, and ratios are within a round. Before each run `sync`; nothing is dropped, so sources and stores are
-read from memory as far as they fit, by all tools alike. In the time and the CPU time is an fsync of every file and
-folder that the tool wrote. cp verifies by `sha256sum -c`; it and borg restore without verifying, Longrun hashes every
-byte it wrote, restic has authenticated what it read. Given are medians (least–greatest); memory is the greatest, and
-none below the {own_mb:.0f} MB of the benchmark itself can be told (Linux hands them down to a child).
+{sum(sizes.values()) / 1e9:.2f} GB of files. {len(rounds)} rounds. A round runs each operation with all tools in turn,
+in an order that rotates and is turned round every second time; ratios are within a round. Before each run comes a
+`sync`; nothing is dropped, so sources and stores are read from memory as far as they fit, by all tools alike. In the
+time and the CPU time is an fsync of every file and folder that the tool wrote. cp verifies by `sha256sum -c`; it and
+borg restore without verifying, Longrun hashes every byte it wrote, restic has authenticated what it read. Given are
+medians (least–greatest). Memory is the greatest of all rounds; what needs less than the {own_mb:.0f} MB of the
+benchmark itself shows as that, since Linux hands them down to a child.
 
 {goals(rounds, starts)}
 
@@ -265,7 +266,11 @@ def main(argv: list[str]) -> None:
             place = folder / f"round-{number}"
             place.mkdir()
             tools = [kind(place / kind.__name__.lower(), model) for kind in kinds]
-            rounds.append(one_round(tools[number % len(tools) :] + tools[: number % len(tools)], place, weights))
+            # Backwards in every second round, so that no tool always comes after the same one, which may have
+            # used up what the disk gives at once.
+            at = number % len(tools)
+            rotated = (tools[at:] + tools[:at])[:: -1 if number % 2 else 1]
+            rounds.append(one_round(rotated, place, weights))
             if number < args.rounds - 1:
                 shutil.rmtree(place)
         results.write_section("backup", report(tools, absent, rounds, place), args.results)
