@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo run test check fix clean
+.PHONY: demo run test check fix bench clean
 
 demo: .venv/run.stamp  ## see it work: two files, every row counted, an answer
 	@$(BIN)/python daemon.py demo
@@ -23,6 +23,9 @@ check: .venv/dev.stamp  ## lint, types, floors, and the unit tests with their co
 fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/run.stamp  ## compare backups with cp, restic and borg; needs 20 GB; writes bench/RESULTS.md
+	$(BIN)/python -m bench.backup
 
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.
 .venv/run.stamp: pyproject.toml constraints.txt

@@ -23,7 +23,7 @@ exit codes: 0 ok, 1 failure (nothing was replaced), 2 usage, 75 locked by anothe
 
 
 def main(argv: list[str]) -> int:
-    # The defaults are here: one in a parser would overwrite what was given before the command.
+    # Not set_defaults: it would set those of the options that parser and commands share.
     args = _parser().parse_args(argv, argparse.Namespace(home=None, store=None, json=False))
     return exit_code("backup_manager.py", lambda: commands.do(args))
 

@@ -19,7 +19,6 @@ import os
 import stat
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -420,6 +419,8 @@ def in_parallel(
     Hashing and copying let go of Python's lock, so while one thread waits for the disk another computes. Threads
     share nothing but the meter: there is no queue between them that could stay full when one fails.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     stop, guard = threading.Event(), threading.Lock()
 
     def meter(count: int) -> None:

@@ -52,10 +52,6 @@ HEADERS_MAX_BYTES = 1 << 20  # of an archive, between two contents
 ARCHIVES = (".tar.zst", ".tar")
 
 
-def is_url(text: str) -> bool:
-    return "://" in text
-
-
 # -- out
 
 
