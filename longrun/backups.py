@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import socket
 import time
@@ -269,7 +270,7 @@ def _write(store: Store, manifest: Manifest, file: StoredFile, place: Path, mete
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """A folder beside the target to write into, locked while it is used, so that remains can be told and removed."""
-    for remains in target.parent.glob(f".{target.name}.restore-*.tmp"):
+    for remains in target.parent.glob(f".{glob.escape(target.name)}.restore-*.tmp"):
         with contextlib.suppress(OSError), _locked(remains):
             disk.remove_remains(remains)
     staged = disk.aside(target.with_name(f"{target.name}.restore-{os.urandom(4).hex()}"))

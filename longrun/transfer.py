@@ -76,18 +76,15 @@ def export_folder(store: Store, manifest: Manifest, target: Path, on_bytes: Mete
 
 def export_archive(store: Store, manifest: Manifest, target: Path, on_bytes: Meter = silent) -> None:
     """The backup as one file that appears whole; BadBackup when there is one, or a content is damaged."""
-    with telling(f"export {manifest.id} to {target}"), store.using("export"):
+    with telling(f"export {manifest.id} to {target}"), store.using("export"), staging(target) as staged:
         if target.exists():
             raise BadBackup(f"cannot export to {target}: it exists", hint="name a new file")
-        temporary = disk.aside(target)
-        try:
-            with temporary.open("xb") as file:
-                _write_archive(store, manifest, file, compressed=target.suffix == ".zst", on_bytes=on_bytes)
-            disk.sync_file(temporary)
-            disk.rename_new(temporary, target)
-            disk.sync_folder(target.parent)
-        finally:
-            disk.remove_file(temporary)
+        whole = staged / target.name
+        with whole.open("xb") as file:
+            _write_archive(store, manifest, file, compressed=target.suffix == ".zst", on_bytes=on_bytes)
+        disk.sync_file(whole)
+        disk.rename_new(whole, target)
+        disk.sync_folder(target.parent)
 
 
 def _write_archive(store: Store, manifest: Manifest, file: IO[bytes], *, compressed: bool, on_bytes: Meter) -> None:
