@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun import backups, config, disk, transfer
-from longrun.errors import BadBackup, ExitCode, Locked
+from longrun.errors import BadBackup, ExitCode, Locked, printable
 from longrun.home import Home, find_home
-from longrun.journal import printable
 from longrun.manifest import BackupType, Manifest
 from longrun.retention import Keep
 from longrun.store import Store, telling
