@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from longrun import disk
 from longrun.errors import BadBackup, Locked
-from longrun.manifest import Manifest, StoredFile, is_id, parse
+from longrun.manifest import MAX_BYTES, Manifest, StoredFile, is_id, parse
 from longrun.retention import Keep, expendable
 
 if TYPE_CHECKING:
@@ -376,6 +376,8 @@ class Additions:
 
     def commit(self, manifest: Manifest) -> None:
         """Make the backup exist: everything it names is durable, then its folder appears in one step."""
+        if len(manifest.to_json()) > MAX_BYTES:
+            raise BadBackup(f"cannot store {manifest.source}: it has too many files", hint="leave some of them out")
         for folder in sorted(self._touched):
             disk.sync_folder(folder)
         disk.sync_folder(self.store.objects)
@@ -466,7 +468,11 @@ def _needing(manifests: list[Manifest], digest: str) -> list[str]:
 
 
 def _bytes_of(path: Path) -> bytes | None:
+    """The bytes of a paper; what is no file is missing. Of one that is too long to be ours only so much is read."""
     try:
-        return path.read_bytes()
+        if not path.is_file():  # a FIFO would be waited for
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
