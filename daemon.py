@@ -49,7 +49,9 @@ def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
         "resume": lambda: commands.resume(home),
         "stop": lambda: commands.stop(home, now=args.now),
         "skip": lambda: commands.skip(home),
-        "retry": lambda: commands.retry(home, args.name),
+        "missing": lambda: commands.show_missing(home, as_json=args.json),
+        "retry": lambda: commands.retry_missing(home) if args.missing else commands.retry(home, args.name),
+        "reset": lambda: commands.reset(home, flags, yes=args.yes),
         "put": lambda: commands.put(home, args.files),
         "check": lambda: commands.check(home, args.file, flags),
         "logs": lambda: commands.logs(home, follow=args.follow),
@@ -99,7 +101,18 @@ def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--now", action="store_true", help="without a checkpoint: the steps since the last one are done again"
     )
     command("skip", "end the training of the running file only")
-    command("retry", "drop a rejected (or trained) file again").add_argument("name", metavar="NAME")
+    command("missing", "list what was trained here and is not in the model, as after a restore").add_argument(
+        "--json", action="store_true"
+    )
+    again = command("retry", "drop a rejected (or trained) file again, or train all that is missing")
+    what = again.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", metavar="NAME", help="a file in rejected/ or trained/: it trains as a new job")
+    what.add_argument(
+        "--missing", action="store_true", help="what was trained here and is not in the model, in its old order"
+    )
+    command("reset", "back the model up, verified, and begin anew").add_argument(
+        "--yes", action="store_true", help="do not ask"
+    )
     command("put", "copy files into the inbox, each appearing there whole").add_argument(
         "files", nargs="+", type=Path, metavar="FILE"
     )

@@ -6,6 +6,7 @@ called again for it at the next start and finds what is left to do.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,9 +18,11 @@ from longrun import disk
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from longrun.home import Home
+
+    OnBytes = Callable[[int], None]
 
 ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?\Z", re.IGNORECASE)
 NAME_MAX_BYTES = 255
@@ -49,13 +52,17 @@ def claimed_files(home: Home, number: int) -> list[Path]:
 
 def free_name(folder: Path, name: str) -> Path:
     """`name` in the folder, or the first of name.2.jsonl, name.3.jsonl, ... that is not taken."""
-    stem, ending = _split(name)
-    number = 1
-    while (folder / name).exists() or (folder / name).is_symlink():
+    path, number = folder / name, 1
+    while path.exists() or path.is_symlink():
         number += 1
-        mark = f".{number}{ending}"
-        name = os.fsdecode(os.fsencode(stem)[: NAME_MAX_BYTES - len(REASON) - len(os.fsencode(mark))]) + mark
-    return folder / name
+        path = folder / _numbered(name, number)
+    return path
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, ending = _split(name)
+    mark = f".{number}{ending}"
+    return os.fsdecode(os.fsencode(stem)[: NAME_MAX_BYTES - len(REASON) - len(os.fsencode(mark))]) + mark
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -84,6 +91,45 @@ def take_back(home: Home, name: str) -> Path:
     for done in (refused, _reason_path(refused)):
         disk.remove_file(done)
     return target
+
+
+def find_trained(home: Home, job: Job, taken: Collection[Path] = (), on_bytes: OnBytes = lambda _: None) -> Path | None:
+    """The job's file in trained/, known by its bytes, under the job's name or one that `free_name` made of it.
+
+    None when a person or the retention removed it, or when other bytes have its name. Paths in `taken` are of other
+    jobs with the same bytes.
+    """
+    exact = home.trained / job.name
+    if _is_of(job, exact, taken, on_bytes):
+        return exact
+    others = home.trained.iterdir() if home.trained.is_dir() else ()
+    numbered = sorted(path for path in others if _is_numbered(path.name, job.name))
+    return next((path for path in numbered if _is_of(job, path, taken, on_bytes)), None)
+
+
+def _is_of(job: Job, path: Path, taken: Collection[Path], on_bytes: OnBytes) -> bool:
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        regular = path not in taken and path.is_file() and not path.is_symlink()
+        return regular and disk.hash_file(path, on_bytes) == job.sha256
+    return False
+
+
+def _is_numbered(found: str, name: str) -> bool:
+    """Whether `free_name` may have called another file of this name so."""
+    number = _split(found)[0].rpartition(".")[2]
+    return number.isdecimal() and found == _numbered(name, int(number))
+
+
+def claim_again(home: Home, job: Job, found: Path) -> None:
+    """Move a trained file back into the folder of its job, durably; the ledger follows.
+
+    After a crash in between, the job is still trained and its file is put away once more.
+    """
+    folder = home.claimed(job.number)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.sync_tree(home.job(job.number))
+    disk.sync_folder(home.jobs)
+    disk.rename(found, folder / job.name)
 
 
 def put(home: Home, source: Path) -> Path:

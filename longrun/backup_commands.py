@@ -35,9 +35,10 @@ def do(args: argparse.Namespace) -> int:
 
 def _home(args: argparse.Namespace) -> Home:
     """--home or LONGRUN_HOME, else the home that SOURCE is the model of, else the current directory."""
-    source = Path(getattr(args, "source", ".")).resolve()
-    if args.home is None and "LONGRUN_HOME" not in os.environ and (source.parent / "state").is_dir():
-        return Home(source.parent)
+    if args.command == "backup" and args.home is None and "LONGRUN_HOME" not in os.environ:
+        beside = Path(args.source).resolve().parent
+        if (beside / "state").is_dir():
+            return Home(beside)
     return find_home(args.home)
 
 
@@ -69,11 +70,15 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
     facts = manifest.facts() | {
         "store": str(store.root),
         "new_bytes": saved.new_bytes,
-        "healed": saved.healed,
+        "healed": len(saved.healed),
         "seconds": round(saved.seconds, 3),
         "restore": again,
     }
     _say(args, facts, _saved_lines(saved, again))
+    if not manifest.complete:
+        raise BadBackup(
+            f"{args.source} is stored, but it is not a whole model", hint="keep it until you have a better one"
+        )
     return ExitCode.OK
 
 

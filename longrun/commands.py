@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longrun.home import Home
+    from longrun.missing import Missing
 
 TAIL_LINES = 40
 LOOK_S = 0.2
+NAMES_TOLD = 100
 
 
 def say(text: str = "") -> None:
@@ -35,12 +37,25 @@ def show_status(home: Home, *, as_json: bool) -> int:
     facts = status.read(home)
     if not facts["current"]:  # else the note's steps belong together
         facts["global_step"] = status.published_step(home)
+    if facts["state"] == "stopped":
+        facts |= _missing_now(home)
     if as_json:
         say(json.dumps(facts, indent=1, ensure_ascii=True))
     else:
         for line in _status_lines(facts):
             say(printable(line))
     return ExitCode.NOT_RUNNING if facts["state"] == "stopped" else ExitCode.OK
+
+
+def _missing_now(home: Home) -> dict[str, Any]:
+    """The model may have been restored or deleted since the daemon left; where that cannot be told, its note stands."""
+    from longrun import missing
+
+    try:
+        jobs = missing.jobs(home)
+    except LongrunError:
+        return {}
+    return {"missing": [job.name for job in jobs[:NAMES_TOLD]], "missing_files": len(jobs)}
 
 
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -63,8 +78,66 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"             inbox/{name} is left alone; the log says why"
     yield f"trained      {facts['trained']}"
     yield f"rejected     {facts['rejected']}" + ("  (rejected/*.reason.json say why)" if facts["rejected"] else "")
+    if facts["missing"]:
+        names = ", ".join(facts["missing"][:5]) + (", ..." if facts["missing_files"] > 5 else "")
+        why = "trained here, but not in the model; `daemon.py missing` tells more"
+        yield f"missing      {facts['missing_files']}: {names} ({why})"
     for problem in facts["problems"]:
         yield f"problem      {problem}"
+
+
+def show_missing(home: Home, *, as_json: bool) -> int:
+    """The files that were trained here and are not in the model, with what is needed to decide about them."""
+    from longrun import missing
+
+    found = missing.look(home)
+    if as_json:
+        say(json.dumps([_missing_facts(home, lost) for lost in found], indent=1, ensure_ascii=True))
+    elif not found:
+        say("nothing is missing: the model has every file trained here")
+    else:
+        for line in _missing_lines(home, found):
+            say(printable(line))
+    return ExitCode.OK
+
+
+def _missing_facts(home: Home, lost: Missing) -> dict[str, Any]:
+    record = lost.record
+    return {
+        "job": lost.job.number,
+        "name": lost.job.name,
+        "rows": lost.job.rows,
+        "base_step": record and record.base_step,
+        "target_step": record and record.target_step,
+        "finished_at": record and record.finished_at,
+        "file": str(lost.file.relative_to(home.root)) if lost.file else None,
+        "done_steps": lost.done_steps,
+    }
+
+
+def _missing_lines(home: Home, found: list[Missing]) -> Iterator[str]:
+    width = max(len("file"), *(len(printable(lost.job.name)) for lost in found))
+    yield f"{'job':>5}  {'file':<{width}}  {'rows':>7}  {'steps':>13}  {'trained (UTC)':<19}  where it is now"
+    for lost in found:
+        record = lost.record
+        steps = f"{record.base_step + 1}-{record.target_step}" if record else "?"
+        when = record.finished_at[:19].replace("T", " ") if record else "?"
+        file = f"{printable(lost.job.name):<{width}}  {lost.job.rows:>7}"
+        yield f"{lost.job.number:>5}  {file}  {steps:>13}  {when:<19}  {_place(home, lost)}"
+    yield "`daemon.py retry --missing` trains them again, in this order"
+
+
+def _place(home: Home, lost: Missing) -> str:
+    """Where the file is, and what the model has of it."""
+    place = str(lost.file.relative_to(home.root)) if lost.file else _why_lost(home, lost)
+    planned = f" of {lost.record.planned_steps}" if lost.record else ""
+    return f"{place}; the model has its first {lost.done_steps}{planned} steps" if lost.done_steps else place
+
+
+def _why_lost(home: Home, lost: Missing) -> str:
+    if (home.trained / lost.job.name).exists():
+        return f"nowhere: trained/{lost.job.name} has other bytes by now"
+    return "nowhere: it is gone from trained/"
 
 
 def pause(home: Home) -> int:
@@ -125,6 +198,65 @@ def retry(home: Home, name: str) -> int:
         ) from None
     say(f"inbox/{printable(target.name)} will train from its first row")
     return ExitCode.OK
+
+
+def retry_missing(home: Home) -> int:
+    """Have the missing files trained again as the jobs they were; FAILURE if the bytes of one are gone."""
+    from longrun import missing
+
+    found = missing.look(home)
+    if not found:
+        say("nothing is missing: the model has every file trained here")
+        return ExitCode.OK
+    there = [lost for lost in found if lost.file]
+    if there:
+        requests.make(home, requests.RETRY, jobs=[lost.job.number for lost in there])
+        running = disk.holder(home.daemon_lock) is not None
+        say(f"{len(there)} will train again, {'in' if running else 'by the next daemon, in'} this order:")
+    for lost in there:
+        rest = f", from step {lost.done_steps + 1} of it" if lost.done_steps else ""
+        say(f"    {printable(lost.job.name)} ({lost.job.rows} rows{rest})")
+    gone = [lost for lost in found if not lost.file]
+    for lost in gone:
+        say(printable(f"{lost.job.name} cannot be trained again: {_why_lost(home, lost).removeprefix('nowhere: ')}"))
+    return ExitCode.FAILURE if gone else ExitCode.OK
+
+
+def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
+    """Back the model up, verified, and remove it: the next file trains from the base model at step 0."""
+    from longrun.backups import back_up
+    from longrun.manifest import BackupType
+    from longrun.store import Store
+
+    store = Store(home.root / config.load(home.settings, flags=flags).backup.store)
+    step = status.published_step(home)
+    if not home.model.is_dir():
+        raise LongrunError(f"cannot reset {home.root}: there is no {home.model.name}/", hint="nothing is to be done")
+    if not yes:
+        _ask(f"Back up the model at global step {step} and begin anew? [y/N] ")
+    home.make()
+    with disk.Lock.take(
+        home.training_lock,
+        what="reset",
+        held=home.model,
+        hint="`daemon.py stop` or `daemon.py pause` first, or wait until no file is being trained",
+    ):
+        saved = back_up(store, home.model, BackupType.PRE_RECOVERY, reason="reset")
+        disk.remove_tree(home.model.resolve(), home.staging)
+    for fault in saved.manifest.faults:
+        say(f"the model was INCOMPLETE, and is stored as it was: {printable(fault)}")
+    say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
+    say("`daemon.py retry --missing` trains all files again, in their order")
+    say(f"to have the model back: python3 backup_manager.py restore {saved.manifest.id}")
+    return ExitCode.OK
+
+
+def _ask(question: str) -> None:
+    """Go on only after a yes from a person."""
+    if not sys.stdin.isatty():
+        raise LongrunError("cannot ask: there is no terminal", hint="--yes does it without asking")
+    if input(question).strip().lower() not in ("y", "yes"):
+        raise LongrunError("nothing was changed")
 
 
 def put(home: Home, files: list[Path]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, config, disk, requests
@@ -39,10 +40,13 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
             requests.clear(home, void)
         check_one_file_system(home)
         wait_for_former_worker(home)
+        if not home.id:
+            disk.write_file(home.id_file, uuid.uuid4().hex.encode())
         ledger = Ledger.open(home.ledger)
         notifier = Notifier()
         context = Context(
             home=home,
+            home_id=home.id,
             settings=settings,
             flags=flags,
             ledger=ledger,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,20 @@ from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from longrun.config import Settings
     from longrun.home import Home
     from longrun.journal import Journal
     from longrun.ledger import Ledger
+    from longrun.lineage import FileRecord
     from longrun.notify import Notifier
 
 
 @dataclass
 class Context:
     home: Home
+    home_id: str
     settings: Settings
     flags: dict[str, Any]
     ledger: Ledger
@@ -32,21 +35,30 @@ class Context:
     problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
     rejected_now: int = 0  # since this daemon started
     ended_now: int = 0  # jobs trained or rejected since then
-    told_undone: set[int] = field(default_factory=set)  # trained jobs that a former checkpoint does not have
+    missing: list[Job] = field(default_factory=list)  # trained here, but not in the model
+    missing_unsure: bool = True  # whether `missing` may be another by now
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
-    begun: int = 0  # the job that the model is in the middle of
     _settings_seen: tuple[int, ...] = (0,)
+    _users: int = 0  # of the model, in this process
+    _model_lock: disk.Lock | None = None
 
     def waiting(self, *states: JobState, limit: int) -> list[Job]:
-        """The first jobs that wait for their turn; a job the model is in the middle of comes first anyway."""
+        """The first jobs that wait for their turn; the one that the model is in the middle of comes first."""
         states = states or tuple(WAITING)
-        if self.only is None:
-            return self.ledger.in_state(*states, limit=limit)
-        asked = self.only | {self.begun}
-        wanted = [job for job in self.ledger.in_state(*states) if job.number in asked]
-        return wanted[:limit]
+        begun = self.ledger.get(self._begun)
+        first = [begun] if begun is not None and begun.state in states else []
+        rest = self.ledger.in_state(*states, limit=limit if self.only is None else -1)
+        asked = [job for job in rest if job not in first and (self.only is None or job.number in self.only)]
+        return [*first, *asked][:limit]
+
+    @property
+    def _begun(self) -> int:
+        """The job of this home that the model is in the middle of; 0 when there is none."""
+        lineage = self.seen.lineage if self.seen else None
+        here = lineage.in_progress if lineage and not lineage.is_foreign(self.home_id) else None
+        return here.plan.job if here else 0
 
     def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
         self.journal.say(event, text, level=level, **facts)
@@ -61,57 +73,53 @@ class Context:
         if self.problems.pop(kind, None) is not None:
             self.say("solved", f"{kind}: solved")
 
+    def hold_model(self) -> None:
+        """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
+        if not self._users:
+            self._model_lock = disk.Lock.take(
+                self.home.training_lock, what="training", wait_s=0.0, held=self.home.model, hint="wait for it to end"
+            )
+        self._users += 1
+
+    def let_go_model(self) -> None:
+        self._users -= 1
+        if not self._users and self._model_lock is not None:
+            self._model_lock.release()
+
+    @contextlib.contextmanager
+    def model_held(self) -> Iterator[None]:
+        self.hold_model()
+        try:
+            yield
+        finally:
+            self.let_go_model()
+
     def newest(self) -> checkpoint.Checkpoint | None:
         """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted.
 
-        Not while a run commits: what was published from a damaged checkpoint is replaced.
+        Not while a run commits: what was published from a damaged checkpoint is replaced. Locked while somebody
+        replaces the model.
         """
-        damaged: list[str] = []
+        with self.model_held():
+            return self._newest()
 
-        def tell(text: str) -> None:
-            damaged.append(text)
-            self.say("checkpoint damaged", text, level="error")
-
-        newest = checkpoint.newest(self.home, self.verifier, tell)
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        newest = checkpoint.newest(
+            self.home, self.verifier, lambda text: self.say("checkpoint damaged", text, level="error")
+        )
         if newest is not None and (self.seen is None or self.seen.digest != newest.digest):
             checkpoint.publish(self.home, newest.path)  # whoever committed it may have died before this
-            if damaged or self._went_back(newest):
-                self._tell_undone(newest)
+            self.missing_unsure = True
         if newest is None and self.seen is not None:
             self.model_removed("current_model/ was removed: starting from the base model at step 0")
-        here = newest.lineage.in_progress if newest else None
-        self.seen, self.begun = newest, here.plan.job if here else 0
+        self.seen = newest
         self.lived = newest.lineage.lineage if newest else None
         return newest
-
-    def _went_back(self, newest: checkpoint.Checkpoint) -> bool:
-        """Whether another model stands in the place of the one that was seen: restored, or copied in."""
-        seen = self.seen
-        return seen is not None and (
-            seen.lineage.lineage != newest.lineage.lineage or newest.global_step < seen.global_step
-        )
-
-    def _tell_undone(self, newest: checkpoint.Checkpoint) -> None:
-        """The model went back behind files that are in trained/: whether to train them again is for a person."""
-        undone = {
-            job.number: job.name
-            for job in self.ledger.in_state(JobState.TRAINED)
-            if not newest.lineage.has_trained(job.number, job.sha256)
-        }
-        names = [name for number, name in undone.items() if number not in self.told_undone]
-        self.told_undone = set(undone)
-        if names:
-            self.say(
-                "undone",
-                f"the model is back at {newest.path.name}: what it learnt since from {', '.join(names)} is undone."
-                " `daemon.py retry NAME` trains a file again",
-                level="error",
-                files=names,
-            )
 
     def model_removed(self, text: str, **facts: Any) -> None:
         """Tell it once, whoever notices first."""
         self.seen = None
+        self.missing_unsure = True
         self.say("model removed", text, level="warning", **facts)
 
     def base_model(self, newest: checkpoint.Checkpoint | None) -> str:
@@ -120,7 +128,7 @@ class Context:
 
     def reload_settings(self, newest: checkpoint.Checkpoint | None) -> None:
         """Take up an edited longrun.toml; one that is wrong changes nothing and raises a problem."""
-        seen = _signature(self.home.settings)
+        seen = disk.signature(self.home.settings)
         if seen == self._settings_seen:
             return
         self._settings_seen = seen
@@ -136,10 +144,11 @@ class Context:
             self.say("setting changed", f"from the next file on: {change}")
         self.settings = fresh
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: Job, record: FileRecord) -> None:
         """The lineage says that the job was trained: book it and put the file away."""
-        done = self.ledger.move(job, JobState.TRAINED, attempts=0)
+        done = self.ledger.move(job, JobState.TRAINED, attempts=0, record=record.to_json())
         self.ended_now += 1
+        self.missing_unsure |= bool(self.missing)  # it may make up for one of them
         archive.put_away(self.home, done)
         self._sweep()
 
@@ -164,14 +173,6 @@ class Context:
         """Apply the retention of trained/ and rejected/, which is off by default."""
         for path in archive.expired(self.home, self.settings.inbox.keep_days):
             disk.remove_file(path)
-
-
-def _signature(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return ()
-    return (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _in_words(reason: dict[str, Any]) -> str:

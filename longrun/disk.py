@@ -334,6 +334,15 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> s
     return digest.hexdigest()
 
 
+def signature(path: Path) -> tuple[int, ...]:
+    """What another file at this path, or another content, would change; empty when there is none."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes an unprivileged writer may still use where `folder` lives."""
     found = os.statvfs(folder)

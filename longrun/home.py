@@ -70,8 +70,18 @@ class Home:
 
     @property
     def requests(self) -> Path:
-        """What operators asked for: pause (stays until resume), stop, skip."""
+        """What operators asked for: pause (stays until resume), stop, skip, retry."""
         return self.state / "requests"
+
+    @property
+    def id_file(self) -> Path:
+        """What this home is called in the models it trains, so that job numbers of two homes are kept apart."""
+        return self.state / "home_id"
+
+    @property
+    def id(self) -> str:
+        """Empty before the first daemon ran here."""
+        return self.id_file.read_text(encoding="utf-8") if self.id_file.exists() else ""
 
     @property
     def ledger(self) -> Path:

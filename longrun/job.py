@@ -28,6 +28,8 @@ TRANSITIONS = {
     # A ledger that was lost or restored learns from the model what was trained already.
     (JobState.CLAIMED, JobState.TRAINED): "reconcile",
     (JobState.QUEUED, JobState.TRAINED): "reconcile",
+    # An older model was restored, or none is left: what it does not have may be trained again.
+    (JobState.TRAINED, JobState.CLAIMED): "take back",
 }
 
 
@@ -43,6 +45,7 @@ class Job:
     on_bad_row: str = "reject"  # as it was examined: the numbers of its rows depend on it
     attempts: int = 0  # runs in a row that died without saving anything new
     reason: str = ""  # JSON, for REJECTED
+    record: str = ""  # JSON of the lineage's FileRecord, for TRAINED: a model that is restored may not have it
 
 
 def check_move(job: Job, target: JobState) -> str:

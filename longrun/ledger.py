@@ -13,20 +13,21 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Self
 
-from longrun.errors import BadConfig
+from longrun.errors import BadConfig, LongrunError
 from longrun.job import Job, JobState, check_move
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason"
-_MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+_COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason, record"
+_MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
 
 
 class Ledger:
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, columns: str = _COLUMNS) -> None:
         self._db = connection
+        self._columns = columns
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -41,6 +42,18 @@ class Ledger:
                 if damaged
                 else f"see to it that {path.parent} can be written and has room",
             ) from None
+
+    @classmethod
+    def trained(cls, path: Path) -> list[Job]:
+        """The trained jobs in the ledger at `path`, read beside a daemon or without one; nothing is changed."""
+        if not path.exists():
+            return []
+        try:
+            with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+                columns = _COLUMNS if _has_record(connection) else _COLUMNS.replace("record", "''")
+                return cls(connection, columns).in_state(JobState.TRAINED)
+        except sqlite3.Error as error:
+            raise LongrunError(f"cannot read the ledger {path}: {error}") from None
 
     def close(self) -> None:
         self._db.close()
@@ -111,7 +124,7 @@ class Ledger:
             raise
 
     def _jobs(self, where: str, *values: object) -> list[Job]:
-        with closing(self._db.execute(f"select {_COLUMNS} from job {where}", values)) as cursor:  # noqa: S608
+        with closing(self._db.execute(f"select {self._columns} from job {where}", values)) as cursor:  # noqa: S608
             return [_from_row(row) for row in cursor]
 
     def _number(self, query: str, *values: object) -> int:
@@ -124,10 +137,16 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = full")
         connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
+        if not _has_record(connection):  # it was made before there were records
+            connection.execute("alter table job add column record text not null default ''")
     except sqlite3.DatabaseError:
         connection.close()
         raise
     return connection
+
+
+def _has_record(connection: sqlite3.Connection) -> bool:
+    return "record" in {name for _, name, *_ in connection.execute("pragma table_info(job)")}
 
 
 def _to_row(job: Job) -> tuple[object, ...]:
@@ -142,12 +161,11 @@ def _to_row(job: Job) -> tuple[object, ...]:
         job.on_bad_row,
         job.attempts,
         job.reason,
+        job.record,
     )
 
 
 def _from_row(row: tuple[object, ...]) -> Job:
     number, name, state, *rest = row
-    values = dict(
-        zip(("arrived_at", "sha256", "rows", "format", "on_bad_row", "attempts", "reason"), rest, strict=True)
-    )
+    values = dict(zip(_COLUMNS.split(", ")[3:], rest, strict=True))
     return Job(number=number, name=os.fsdecode(name), state=JobState(state), **values)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ create table if not exists job (
     format      text not null default '',
     on_bad_row  text not null default 'reject',
     attempts    integer not null default 0,  -- runs in a row that died without saving anything new
-    reason      text not null default ''     -- JSON, when rejected
+    reason      text not null default '',    -- JSON, when rejected
+    record      text not null default ''     -- JSON of what the lineage said of it, when trained
 );
 
 create index if not exists job_by_state on job (state, number);

@@ -34,6 +34,14 @@ class FileRecord:
     final_loss: float | None  # of the last step
     mean_loss: float | None  # over all steps of the job
     eval_loss: float | None  # mean per trained token of the held-out rows
+    home: str = ""  # id of the home that `job` is a number of; "" in models older than these ids
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FileRecord:
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +66,40 @@ class Lineage:
     files: tuple[FileRecord, ...] = ()
     in_progress: InProgress | None = None
 
-    def has_trained(self, job: int, sha256: str) -> bool:
-        """Whether this job's file was trained to its end; the hash keeps another home's numbers apart."""
-        return any((record.job, record.sha256, record.outcome) == (job, sha256, "trained") for record in self.files)
+    def trained(self, home: str) -> dict[tuple[int, str], FileRecord]:
+        """The files of this home that were trained to their end, by job and hash."""
+        return {
+            (record.job, record.sha256): record
+            for record in self.files
+            if record.outcome == "trained" and record.home in (home, "")
+        }
 
-    def plan_in_progress(self, job: int, sha256: str) -> InProgress | None:
+    def has_trained(self, home: str, job: int, sha256: str) -> bool:
+        return (job, sha256) in self.trained(home)
+
+    def plan_in_progress(self, home: str, job: int, sha256: str) -> InProgress | None:
+        """How far this job is, if the weights are in its middle.
+
+        Another home's job with the same bytes counts: the order of rows depends on them, not on who dropped them.
+        So a model that was copied in the middle of a file goes on when the file is dropped where it is now.
+        """
         here = self.in_progress
-        return here if here is not None and (here.plan.job, here.plan.sha256) == (job, sha256) else None
+        if here is None or here.plan.sha256 != sha256:
+            return None
+        return here if here.plan.job == job or self.is_foreign(home) else None
+
+    def is_foreign(self, home: str) -> bool:
+        """Whether the job in progress was begun in another home."""
+        return self.in_progress is not None and self.in_progress.plan.home not in (home, "")
 
     def begun(self, plan: Plan, now: str) -> tuple[Lineage, InProgress]:
         """The lineage as a run of `plan` goes on from it, and how far the job is.
 
         Another job that was left in the middle (skipped, or given up) is closed: its rest will not be trained.
         """
-        here = self.plan_in_progress(plan.job, plan.sha256)
+        here = self.plan_in_progress(plan.home, plan.job, plan.sha256)
         if here is not None:
-            return replace(self, in_progress=None), here
+            return replace(self, in_progress=None), replace(here, plan=plan)  # under this home's id and number
         closed = self
         if self.in_progress is not None:
             closed = self.ended(self.in_progress, outcome="ended early", finished_at=now, eval_loss=None)
@@ -104,6 +130,7 @@ class Lineage:
             final_loss=progress.last_loss,
             mean_loss=progress.loss_sum / progress.done_steps if progress.done_steps else None,
             eval_loss=eval_loss,
+            home=plan.home,
         )
         return replace(self, global_step=progress.global_step, files=(*self.files, record), in_progress=None)
 

@@ -15,11 +15,13 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, disk, inbox, requests, status
-from longrun.errors import BadModel, LongrunError, ModelRemoved
+from longrun import archive, checkpoint, disk, inbox, missing, requests, status
+from longrun.errors import BadModel, Locked, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
+from longrun.recovery import Recovery
 from longrun.runs import Runs
+from longrun.scheduled import Scheduled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,10 +48,13 @@ class Daemon:
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
         self._runs = Runs(context)
+        self._recovery = Recovery(context)
+        self._scheduled = Scheduled(context)
         self._notifier = context.notifier
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._scanned = False
+        self._taking_back = False  # what `retry --missing` asked for is not all in the queue yet
         self._next_scan = 0.0
         self._paused = False  # by the operator
         self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
@@ -98,12 +103,13 @@ class Daemon:
         context = self._context
         disk.empty_folder(context.home.staging)
         self._tidy()
-        with contextlib.suppress(BadModel):  # the first tick tells
+        with contextlib.suppress(BadModel, Locked):  # the first tick tells
             context.newest()
         newest = context.seen
         if newest is not None:
             where = f"global step {newest.global_step} ({newest.path.name}, verified)"
             context.say("resume", f"the model is at {where}", global_step=newest.global_step)
+            context.ledger.claim(missing.forgotten(newest.lineage, context.home_id, context.ledger.get))
 
     def _tidy(self) -> None:
         """Finish what was cut off between a move and its record, or between a record and its move."""
@@ -142,6 +148,7 @@ class Daemon:
         self._bell.stop()
         self._runs.abandon()
         self._preparation.preparer.kill()
+        self._scheduled.abandon()
         requests.clear(self._context.home, requests.STOP)
         with contextlib.suppress(OSError):
             status.write(self._context.home, self._facts())
@@ -173,11 +180,18 @@ class Daemon:
         over = now >= self._trouble_over
         if over and self._untidy:
             self._tidy()
+        self._recovery.look(now, idle=self._runs.current is None)
         self._claim_settled(now)
         if over:
-            self._settle_orphans(now)
-            self._preparation.next(now, self._context.seen)
-            self._train_next(now)
+            self._scheduled.tick(now, self._context.seen, between_files=self._runs.current is None)
+            with contextlib.suppress(Locked):  # the model is being restored: the next file waits for it
+                self._settle_orphans(now)
+                self._taking_back = self._takes_back and self._recovery.take_back()
+                self._preparation.next(now, self._context.seen)
+                with self._context.model_held():
+                    self._train_next(now)
+            if self._taking_back:
+                self._ring()  # the rest of it at once
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -258,7 +272,7 @@ class Daemon:
 
     def _is_trained(self, job: Job, newest: Checkpoint | None) -> bool:
         """Whether the model has the job already, as a ledger that was lost does not know; it is finished then."""
-        trained = newest is not None and newest.lineage.has_trained(job.number, job.sha256)
+        trained = newest is not None and newest.lineage.has_trained(self._context.home_id, job.number, job.sha256)
         if trained:
             assert newest is not None
             self._runs.finish(job, newest)
@@ -266,16 +280,17 @@ class Daemon:
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
-        if self._runs.current is not None or self._paused or self._leaving:
+        if self._runs.current is not None or self._paused or self._leaving or self._taking_back:
             return
-        first = next(iter(self._context.waiting(limit=1)), None)
-        if first is None:
+        if not self._context.waiting(limit=1):
             return
         usable, newest = self._look_at_model(now)
         if not usable:
             return
         self._runs.warm_up(now)
-        if first.state is not JobState.QUEUED or self._is_trained(first, newest):
+        # Once more, now that it is known what the model is in the middle of.
+        first = next(iter(self._context.waiting(limit=1)), None)
+        if first is None or first.state is not JobState.QUEUED or self._is_trained(first, newest):
             return
         facts = self._preparation.is_prepared(first, newest)
         if facts is not None:
@@ -342,6 +357,8 @@ class Daemon:
             "preparing": self._preparation.doing,
             "trained": ledger.count(JobState.TRAINED),
             "rejected": ledger.count(JobState.REJECTED),
+            "missing": [job.name for job in self._context.missing[:QUEUE_SHOWN]],
+            "missing_files": len(self._context.missing),
             "problems": list(self._context.problems.values()),
             "worker_pid": self._runs.worker.pid,
             "preparer_pid": self._preparation.preparer.pid,
@@ -376,7 +393,13 @@ class Daemon:
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
-        return arrived and self._runs.current is None and not self._context.waiting(limit=1)
+        busy = self._runs.current is not None or self._taking_back or self._scheduled.busy
+        return arrived and not busy and not self._context.waiting(limit=1)
+
+    @property
+    def _takes_back(self) -> bool:
+        """By hand, only what was named is trained: the request waits for the next daemon."""
+        return self._by_hand is None and not self._leaving
 
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""

@@ -42,6 +42,7 @@ class Plan:
     held_out_rows: int  # kept for the evaluation after the job
     base_step: int
     recipe: Recipe
+    home: str = ""  # id of the home that `job` is a number of; "" in models older than these ids
 
     @property
     def planned_steps(self) -> int:
@@ -72,7 +73,9 @@ def held_out(rows: int) -> int:
     return min(HELD_OUT_MAX, rows * HELD_OUT_PER_MILLE // 1000)
 
 
-def make_plan(*, job: int, name: str, sha256: str, trainable_rows: int, base_step: int, recipe: Recipe) -> Plan:
+def make_plan(
+    *, job: int, name: str, sha256: str, trainable_rows: int, base_step: int, recipe: Recipe, home: str = ""
+) -> Plan:
     """The plan of a job that starts at `base_step`; BadFile when it would train nothing."""
     kept = held_out(trainable_rows)
     plan = Plan(
@@ -83,6 +86,7 @@ def make_plan(*, job: int, name: str, sha256: str, trainable_rows: int, base_ste
         held_out_rows=kept,
         base_step=base_step,
         recipe=recipe,
+        home=home,
     )
     if plan.planned_steps < 1:
         raise BadFile(

@@ -90,7 +90,7 @@ class Preparation:
 
     def need(self, job: Job, newest: Checkpoint | None) -> Need:
         settings = self._context.settings
-        here = newest.lineage.plan_in_progress(job.number, job.sha256) if newest else None
+        here = newest.lineage.plan_in_progress(self._context.home_id, job.number, job.sha256) if newest else None
         return Need(
             sha256=job.sha256,
             max_length=here.plan.recipe.max_length if here else settings.train.max_length,
@@ -106,7 +106,8 @@ class Preparation:
             return wire.Examine(
                 job=job.number,
                 path=path,
-                on_bad_row=inbox.on_bad_row,
+                # One that is trained again is read as it was: its rows are known by their numbers.
+                on_bad_row=job.on_bad_row if job.sha256 else inbox.on_bad_row,
                 max_line_bytes=inbox.max_line_bytes,
             )
         return None

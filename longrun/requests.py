@@ -1,7 +1,8 @@
 """What operators ask of the daemon, as small files in state/requests/: sticky until it is done.
 
 `pause` stays until `resume` removes it, over restarts too. `stop` stays until the daemon has left. `skip`
-names the job it is for, so it can never hit the next one.
+names the job it is for, so it can never hit the next one. `retry` names the missing jobs that are to train again
+and stays until all of them are in the queue.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from longrun import disk
 if TYPE_CHECKING:
     from longrun.home import Home
 
-PAUSE, STOP, SKIP = "pause", "stop", "skip"
+PAUSE, STOP, SKIP, RETRY = "pause", "stop", "skip", "retry"
 
 
 def make(home: Home, name: str, **facts: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, fitting, wire
@@ -22,6 +22,7 @@ from longrun.worker import Child
 if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
+    from longrun.lineage import InProgress, Lineage
 
 
 @dataclass
@@ -88,9 +89,10 @@ class Runs:
 
     def start(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any], now: float) -> None:
         """Plan the job on top of `newest`, say the plan, and give it to the worker."""
-        here = newest.lineage.plan_in_progress(job.number, job.sha256) if newest else None
+        home_id = self._context.home_id
+        here = newest.lineage.plan_in_progress(home_id, job.number, job.sha256) if newest else None
         try:
-            plan = here.plan if here else self._new_plan(job, newest, facts)
+            plan = self._own(here.plan, job) if here else self._new_plan(job, newest, facts)
         except BadFile as error:
             self._context.reject(job, error.reason())
             return
@@ -102,6 +104,9 @@ class Runs:
             self.worker.kill()  # what it holds has been trained; a new model begins from the base
         self.warm_up(now, plan.recipe.batch_size)
         model = checkpoint.OpenModel(self._context.home, newest)
+        self._context.hold_model()
+        if newest is not None:
+            self._tell_what_was_begun(job, newest.lineage)
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
         self.current = Run(
@@ -123,7 +128,12 @@ class Runs:
             trainable_rows=facts["trainable_rows"],
             base_step=newest.global_step if newest else 0,
             recipe=self._context.settings.recipe,
+            home=self._context.home_id,
         )
+
+    def _own(self, plan: Plan, job: Job) -> Plan:
+        """The plan of a job in progress, which another home may have begun, as the plan of this home's job."""
+        return replace(plan, home=self._context.home_id, job=job.number, name=job.name)
 
     def _message(self, job: Job, plan: Plan, newest: Checkpoint | None) -> wire.Train:
         train = self._context.settings.train
@@ -137,6 +147,35 @@ class Runs:
             save_total_limit=train.save_total_limit,
             logging_steps=train.logging_steps,
             row_log=self._context.settings.log.rows,
+        )
+
+    def _tell_what_was_begun(self, job: Job, lineage: Lineage) -> None:
+        """What a person may not expect of a model that was restored, or copied here, in the middle of a file."""
+        begun = lineage.in_progress
+        if begun is None:
+            return
+        home_id = self._context.home_id
+        foreign = lineage.is_foreign(home_id)
+        if lineage.plan_in_progress(home_id, job.number, job.sha256) is None:
+            was = self._context.ledger.get(begun.plan.job)
+            if foreign or (was is not None and was.state is JobState.TRAINED):
+                self._tell_left(job, begun, foreign=foreign)
+        elif foreign:
+            text = (
+                f"going on where the model is in the middle of these bytes, begun in another home as {begun.plan.name}"
+            )
+            self._context.say("adopted", f"{job.name}: {text}", job=job.number)
+
+    def _tell_left(self, job: Job, begun: InProgress, *, foreign: bool) -> None:
+        steps = f"{begun.done_steps} of its {begun.plan.planned_steps} steps"
+        way_out = " To train that first: `daemon.py stop --now`, `daemon.py retry --missing`, and start again"
+        self._context.say(
+            "left in the middle",
+            f"the model is in the middle of {begun.plan.name}: it has {steps}, and the rest is left out now that"
+            f" {job.name} is trained.{'' if foreign else way_out}",
+            level="warning",
+            file=begun.plan.name,
+            done_steps=begun.done_steps,
         )
 
     def _tell_plan(self, job: Job, plan: Plan, newest: Checkpoint | None) -> None:
@@ -332,6 +371,7 @@ class Runs:
     def _over(self, run: Run) -> None:
         self.current = None
         run.model.close()
+        self._context.let_go_model()
         self._context.journal.progress_over()
 
     def _ended(self, run: Run, message: wire.Ended) -> None:
@@ -344,7 +384,7 @@ class Runs:
             return  # perhaps it is being removed: the job is left running, and settled when that is clear
         if newest is None:
             self._context.ledger.move(run.job, JobState.QUEUED)
-        elif newest.lineage.has_trained(run.job.number, run.job.sha256):
+        elif newest.lineage.has_trained(self._context.home_id, run.job.number, run.job.sha256):
             self.finish(run.job, newest)
         elif message.stopped:
             self._end_stopped(run, "skip" if run.stopping == "skip" else message.stopped, message.rows_trained)
@@ -353,13 +393,13 @@ class Runs:
 
     def finish(self, job: Job, newest: Checkpoint) -> None:
         """The model's lineage has the job: tell how it went and put the file away."""
-        record = next(r for r in reversed(newest.lineage.files) if (r.job, r.sha256) == (job.number, job.sha256))
+        record = newest.lineage.trained(self._context.home_id)[job.number, job.sha256]
         told = (
             [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
         )
         if record.eval_loss is not None:
             told.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
-        self._context.finish(job)
+        self._context.finish(job, record)
         self._context.say(
             "trained",
             f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"
@@ -447,7 +487,8 @@ class Runs:
         """
         newest = self._context.newest()
         saved_step = newest.global_step if newest else 0
-        if newest is not None and newest.lineage.has_trained(run.job.number, run.job.sha256):
+        home_id = self._context.home_id
+        if newest is not None and newest.lineage.has_trained(home_id, run.job.number, run.job.sha256):
             self.finish(run.job, newest)
             return
         if run.stopping == "skip":

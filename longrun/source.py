@@ -180,7 +180,7 @@ def _led_to(folder: Path, link: Path, follow: bool) -> Path:
         return place
     if not follow:
         raise BadBackup(
-            f"cannot back up {link}: it is a link to {place}, outside", hint="--follow stores what is there"
+            f"cannot back up {link}: it is a link to {place}", hint="--follow stores the file that is there"
         )
     if not place.is_file():  # nor folders: a link to one above would have no end
         raise BadBackup(f"cannot back up {link}: {place} is not a file", hint="remove the link")
@@ -206,17 +206,20 @@ def faults(snapshot: Snapshot, digests: dict[str, str]) -> list[str]:
     found = [fault for folder in folders for fault in _faults_in(snapshot, folder, digests)]
     if not any(_WEIGHTS.fullmatch(path) for path in snapshot.files):
         found.append("there are no weights in it")
-    if snapshot.half_published():
-        newest = snapshot.newest_checkpoint()
-        found.append(f"its files are not those of {newest}: a publish was cut off (the next daemon finishes it)")
-    if checkpoint.LINEAGE in snapshot.files and snapshot.newest_checkpoint() is None and not _is_one(snapshot):
-        found.append("it has a lineage, but no checkpoint to go on from")
+    if checkpoint.LINEAGE in snapshot.files and checkpoint.MANIFEST not in snapshot.files:  # a model, not a checkpoint
+        found += _faults_of_publishing(snapshot, digests)
     return found
 
 
-def _is_one(snapshot: Snapshot) -> bool:
-    """Whether the source itself is a checkpoint."""
-    return checkpoint.MANIFEST in snapshot.files
+def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str]) -> list[str]:
+    """Whether the files of a Longrun model are those of its newest checkpoint, each byte of them."""
+    newest = snapshot.newest_checkpoint()
+    if newest is None:
+        return ["it has a lineage, but no checkpoint to go on from"]
+    if snapshot.half_published():
+        return [f"its files are not those of {newest}: a publish was cut off (the next daemon finishes it)"]
+    published = [path for path in snapshot.files if "/" not in path and f"{newest}/{path}" in digests]
+    return [f"{path} is not that of {newest}" for path in published if digests[path] != digests[f"{newest}/{path}"]]
 
 
 def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str]) -> Iterator[str]:

@@ -74,6 +74,8 @@ def _empty(home: Home) -> dict[str, Any]:
         "queued": 0,
         "trained": 0,
         "rejected": 0,
+        "missing": [],
+        "missing_files": 0,
         "problems": [],
     }
     return facts

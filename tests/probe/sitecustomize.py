@@ -13,6 +13,7 @@ its nth call, or every time with "nth": 0; with "once" it strikes once in all, u
 
     kill         this process           kill daemon   its parent           kill both   its parent, then itself
     hang         for an hour            slow          for a tenth of a second
+    oom          as if a device had no memory left     device full   really (needs CUDA)
     remove model `rm -rf current_model/`
 """
 
@@ -114,6 +115,10 @@ def strike(how: str) -> None:
         import torch
 
         raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
+    elif how == "device full":
+        import torch
+
+        torch.empty(1 << 48, dtype=torch.uint8, device="cuda")
     elif how != "nan":
         raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
 

@@ -40,7 +40,7 @@ FILES = {
 }
 
 
-def plan_of(rows: int, *, base_step: int = 0, job: int = 1, **recipe: Any) -> Plan:
+def plan_of(rows: int, *, base_step: int = 0, job: int = 1, home: str = "", **recipe: Any) -> Plan:
     return make_plan(
         job=job,
         name="x.jsonl",
@@ -48,6 +48,7 @@ def plan_of(rows: int, *, base_step: int = 0, job: int = 1, **recipe: Any) -> Pl
         trainable_rows=rows,
         base_step=base_step,
         recipe=replace(RECIPE, **recipe),
+        home=home,
     )
 
 

@@ -29,6 +29,7 @@ FLOORS = {
         "checkpoint",
         "ledger",
         "archive",
+        "missing",
         "requests",
         "status",
         "source",
@@ -37,7 +38,7 @@ FLOORS = {
         "transfer",
     ],
     "pulse": ["journal", "notify", "inbox", "worker"],
-    "loop": ["context", "fitting", "preparation", "runs", "loop"],
+    "loop": ["context", "fitting", "preparation", "runs", "recovery", "scheduled", "loop"],
     "programs": ["compose", "commands", "demo", "backup_commands"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]

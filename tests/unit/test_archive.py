@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -138,6 +139,90 @@ def test_a_put_file_appears_whole_under_a_free_name(home: Home, tmp_path: Path) 
     assert names == ["x.jsonl", "x.2.jsonl"]
     assert set(content_of(home.inbox).values()) == {b"rows"}
     assert not (home.inbox / "x.jsonl").samefile(tmp_path / "x.jsonl")
+
+
+# -- back into the queue
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def trained(number: int, content: bytes, **facts: Any) -> Job:
+    return job(number, JobState.TRAINED, sha256=sha256(content), **facts)
+
+
+def test_a_trained_file_is_found_by_its_bytes_under_any_name_it_was_given(home: Home) -> None:
+    for number in range(1, 4):
+        archive.put_away(home, claimed(home, trained(number, b"%d" % number), b"%d" % number))
+    found = [archive.find_trained(home, trained(number, b"%d" % number)) for number in range(1, 5)]
+    assert found == [home.trained / name for name in ("x.jsonl", "x.2.jsonl", "x.3.jsonl")] + [None]
+    (home.trained / "x.jsonl").unlink()
+    assert archive.find_trained(home, trained(3, b"3")) == home.trained / "x.3.jsonl"
+    assert archive.find_trained(home, trained(2, b"2", name="y.jsonl")) is None
+
+
+def test_each_of_two_files_with_the_same_bytes_is_found_once(home: Home) -> None:
+    for number in (1, 2):
+        archive.put_away(home, claimed(home, trained(number, b"rows")))
+    first = archive.find_trained(home, trained(1, b"rows"))
+    assert first is not None
+    second = archive.find_trained(home, trained(2, b"rows"), {first})
+    assert second == home.trained / "x.2.jsonl"
+    assert archive.find_trained(home, trained(3, b"rows"), {first, second}) is None
+
+
+@pytest.mark.parametrize("stem", ["x" * 249, "\N{EURO SIGN}" * 83, "\udcff" * 249])
+def test_the_longest_names_are_found_too(home: Home, stem: str) -> None:
+    name = f"{stem}.jsonl"
+    for content in (b"1", b"2"):
+        archive.put_away(home, claimed(home, trained(1, content, name=name), content))
+    for content in (b"1", b"2"):
+        found = archive.find_trained(home, trained(1, content, name=name))
+        assert found is not None
+        assert found.read_bytes() == content
+
+
+def test_only_a_regular_file_that_can_be_read_is_found(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"rows")
+    (home.trained / "x.jsonl").symlink_to(tmp_path / "rows")
+    (home.trained / "x.2.jsonl").mkdir()
+    assert archive.find_trained(home, trained(1, b"rows")) is None
+    home.trained.rename(home.root / "moved away")
+    assert archive.find_trained(home, trained(1, b"rows")) is None
+
+
+def test_a_file_is_claimed_again_into_a_folder_that_is_durable_before(home: Home, disk_log: list[str]) -> None:
+    done = trained(7, b"rows")
+    (home.trained / "x.2.jsonl").write_bytes(b"rows")
+    archive.claim_again(home, done, home.trained / "x.2.jsonl")
+    assert archive.claimed_files(home, 7) == [home.claimed(7) / "x.jsonl"]
+    assert content_of(home.trained) == {}
+    assert disk_log == [
+        "sync claimed",
+        "sync 000007",
+        "sync jobs",
+        "rename x.jsonl",
+        "sync claimed",
+        "sync trained",
+    ]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_crash_before_the_ledger_knew_leaves_a_trained_file(
+    home: Home, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    done = trained(1, b"rows")
+    (home.trained / "x.jsonl").write_bytes(b"rows")
+    if moved:
+        archive.claim_again(home, done, home.trained / "x.jsonl")
+    else:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(archive.disk, "rename", interrupt)
+            archive.claim_again(home, done, home.trained / "x.jsonl")
+    archive.put_away(home, done)
+    assert content_of(home.trained) == {"x.jsonl": b"rows"}
+    assert not home.job(1).exists()
 
 
 # -- retention

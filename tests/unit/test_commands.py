@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from longrun import commands, disk, requests, status
 from longrun.errors import LongrunError, NotRunning
+from longrun.job import JobState
+from longrun.ledger import Ledger
+from longrun.lineage import InProgress
+from tests.unit.builders import job, lineage_at, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +143,128 @@ def test_skip_names_the_job_it_is_for(home: Home, capsys: pytest.CaptureFixture[
     assert commands.skip(home) == 0
     assert (requests.pending(home, requests.SKIP) or {})["job"] == 7
     assert r"skipping evil\n.jsonl" in capsys.readouterr().out
+
+
+# -- what is missing
+
+NOW = "2026-01-02T03:04:05.678+00:00"
+
+
+@pytest.fixture
+def model_lost(home: Home) -> Home:
+    """Two files were trained here, then the model was deleted; the second one's bytes have changed since."""
+    home.id_file.write_text("1" * 32)
+    lineage, jobs = lineage_at(0), []
+    for number, name in enumerate(("evil\n.jsonl", "b.jsonl"), start=1):
+        (home.trained / name).write_bytes(GOOD)
+        sha256 = disk.hash_file(home.trained / name) if number == 1 else "b"
+        plan = replace(plan_of(16, base_step=lineage.global_step, job=number, home=home.id), sha256=sha256)
+        progress = InProgress(plan=plan, done_steps=2, loss_sum=1.0, last_loss=1.0)
+        lineage = lineage.ended(progress, outcome="trained", finished_at=NOW, eval_loss=None)
+        facts: dict[str, Any] = {"name": name, "sha256": sha256, "rows": 16}
+        jobs.append(job(number, JobState.TRAINED, record=lineage.files[-1].to_json(), **facts))
+    with contextlib.closing(Ledger.open(home.ledger)) as ledger:
+        ledger.claim(jobs)
+    return home
+
+
+def test_status_of_a_stopped_daemon_sees_what_the_model_lost_since(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note(model_lost, missing=[], missing_files=0)
+    commands.show_status(model_lost, as_json=False)
+    line = r"missing      2: evil\n.jsonl, b.jsonl (trained here, but not in the model; `daemon.py missing` tells more)"
+    assert line in capsys.readouterr().out.splitlines()
+    commands.show_status(model_lost, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["missing"], told["missing_files"]) == (["evil\n.jsonl", "b.jsonl"], 2)
+
+
+@pytest.mark.usefixtures("daemon")
+def test_a_running_daemon_is_believed_about_what_is_missing(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number}.jsonl" for number in range(6)]
+    note(model_lost, missing=names, missing_files=6)
+    commands.show_status(model_lost, as_json=False)
+    assert "missing      6: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, ... (" in capsys.readouterr().out
+
+
+def test_a_ledger_that_cannot_be_read_leaves_status_with_its_note(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note(model_lost, missing=["x.jsonl"], missing_files=1)
+    model_lost.ledger.write_bytes(b"no database" * 99)
+    assert commands.show_status(model_lost, as_json=True) == 3
+    assert json.loads(capsys.readouterr().out)["missing"] == ["x.jsonl"]
+    with pytest.raises(LongrunError, match="cannot read the ledger"):
+        commands.show_missing(model_lost, as_json=False)
+
+
+def test_missing_files_are_listed_with_rows_steps_and_place(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.show_missing(model_lost, as_json=False) == 0
+    gone = "nowhere: trained/b.jsonl has other bytes by now"
+    assert capsys.readouterr().out.splitlines() == [
+        "  job  file             rows          steps  trained (UTC)        where it is now",
+        r"    1  evil\n.jsonl       16            1-2  2026-01-02 03:04:05  trained/evil\n.jsonl",
+        f"    2  b.jsonl            16            3-4  2026-01-02 03:04:05  {gone}",
+        "`daemon.py retry --missing` trains them again, in this order",
+    ]
+    assert commands.show_missing(model_lost, as_json=True) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["job"], first["name"], first["rows"], first["file"]) == (
+        1, "evil\n.jsonl", 16, "trained/evil\n.jsonl",
+    )  # fmt: skip
+    assert (second["base_step"], second["target_step"], second["finished_at"], second["file"]) == (2, 4, NOW, None)
+
+
+def test_a_file_in_the_middle_of_which_the_model_is_says_how_far(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sha256 = disk.hash_file(model_lost.trained / "b.jsonl")
+    plan = replace(plan_of(16, job=1, home=model_lost.id), sha256=sha256)
+    middle = lineage_at(0).at(InProgress(plan=plan, done_steps=1, loss_sum=1.0, last_loss=1.0))
+    model_lost.model.mkdir()
+    (model_lost.model / "lineage.json").write_text(middle.to_json())
+    commands.show_missing(model_lost, as_json=False)
+    assert r"trained/evil\n.jsonl; the model has its first 1 of 2 steps" in capsys.readouterr().out
+    commands.retry_missing(model_lost)
+    assert r"    evil\n.jsonl (16 rows, from step 2 of it)" in capsys.readouterr().out
+
+
+def test_nothing_missing_is_said_and_asks_for_nothing(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [commands.show_missing(home, as_json=False), commands.retry_missing(home)] == [0, 0]
+    assert capsys.readouterr().out == "nothing is missing: the model has every file trained here\n" * 2
+    assert requests.pending(home, requests.RETRY) is None
+
+
+def test_retrying_what_is_missing_asks_for_the_jobs_whose_bytes_are_there(
+    model_lost: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.retry_missing(model_lost) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "1 will train again, by the next daemon, in this order:",
+        r"    evil\n.jsonl (16 rows)",
+        "b.jsonl cannot be trained again: trained/b.jsonl has other bytes by now",
+    ]
+    assert (requests.pending(model_lost, requests.RETRY) or {})["jobs"] == [1]
+
+
+@pytest.mark.usefixtures("daemon")
+def test_only_files_that_are_gone_ask_for_nothing(model_lost: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    (model_lost.trained / "b.jsonl").unlink()
+    assert commands.retry_missing(model_lost) == 1
+    assert "1 will train again, in this order:" in capsys.readouterr().out
+    requests.clear(model_lost, requests.RETRY)
+    (model_lost.trained / "evil\n.jsonl").unlink()
+    assert commands.retry_missing(model_lost) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        r"evil\n.jsonl cannot be trained again: it is gone from trained/",
+        "b.jsonl cannot be trained again: it is gone from trained/",
+    ]
+    assert requests.pending(model_lost, requests.RETRY) is None
 
 
 # -- files

@@ -53,3 +53,9 @@ def test_a_file_is_no_home(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(BadConfig, match="it is not a folder"):
         find_home(str(tmp_path / "README.md"))
+
+
+def test_a_home_has_no_id_before_it_was_given_one(home: Home) -> None:
+    assert home.id == ""
+    home.id_file.write_text("1" * 32)
+    assert home.id == "1" * 32

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from longrun.errors import BadConfig
+from longrun.errors import BadConfig, LongrunError
 from longrun.job import JobState
 from longrun.ledger import Ledger
 from tests.unit.builders import job
@@ -136,3 +137,45 @@ def test_a_ledger_without_room_is_unchanged_and_goes_on_when_there_is_some(ledge
     ledger._db.execute("pragma max_page_count = 1000000")
     ledger.claim([job(number, reason="x" * 1000) for number in range(2, 99)])
     assert ledger.highest_number() == 98
+
+
+# -- ledgers made before there were records
+
+FORMER = """
+create table job (number integer primary key, name blob not null, state text not null, arrived_at real not null,
+    sha256 text not null default '', rows integer not null default 0, format text not null default '',
+    on_bad_row text not null default 'reject', attempts integer not null default 0,
+    reason text not null default ''     -- JSON, when rejected
+);
+insert into job (number, name, state, arrived_at, sha256) values (1, 'x.jsonl', 'trained', 1.0, 'a');
+"""
+
+
+def test_a_former_ledger_is_read_as_it_is_and_extended_by_the_daemon(path: Path) -> None:
+    old = sqlite3.connect(path)
+    old.executescript(FORMER)
+    former = job(1, JobState.TRAINED, sha256="a")
+    assert Ledger.trained(path) == [former]
+    assert "record" not in old.execute("select sql from sqlite_master").fetchone()[0]
+    for _ in range(2):
+        ledger = Ledger.open(path)
+        assert ledger.get(1) == former
+        ledger.close()
+    ledger = Ledger.open(path)
+    ledger.note(former, record="{}")
+    ledger.close()
+    assert Ledger.trained(path) == [replace(former, record="{}")]
+    old.close()
+
+
+def test_trained_jobs_are_read_beside_a_writer(ledger: Ledger, path: Path) -> None:
+    ledger.claim([job(1, JobState.TRAINED), job(2)])
+    with ledger._transaction():
+        assert Ledger.trained(path) == [job(1, JobState.TRAINED)]
+
+
+def test_trained_jobs_of_no_ledger_are_none_and_of_a_damaged_one_an_error(path: Path) -> None:
+    assert Ledger.trained(path) == []
+    path.write_bytes(b"not a database at all" * 100)
+    with pytest.raises(LongrunError, match="cannot read the ledger"):
+        Ledger.trained(path)

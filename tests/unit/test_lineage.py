@@ -17,8 +17,8 @@ names = st.text(st.characters(codec=None), max_size=20)  # surrogates too: names
 losses = st.none() | st.floats(allow_nan=False)
 rates = st.floats(allow_nan=False)
 recipes = st.builds(Recipe, **dict.fromkeys(RATES, rates), batch_size=st.integers(1, 99))
-plans = st.builds(Plan, name=names, recipe=recipes)
-records = st.builds(FileRecord, name=names, final_loss=losses, mean_loss=losses, eval_loss=losses)
+plans = st.builds(Plan, name=names, recipe=recipes, home=names)
+records = st.builds(FileRecord, name=names, home=names, final_loss=losses, mean_loss=losses, eval_loss=losses)
 progresses = st.builds(InProgress, plan=plans, loss_sum=rates, last_loss=losses)
 lineages = st.builds(
     Lineage, files=st.lists(records, max_size=3).map(tuple), in_progress=st.none() | progresses, base_model=names
@@ -77,7 +77,7 @@ def test_a_job_left_in_the_middle_is_closed_when_another_begins() -> None:
     before, progress = left.begun(second, NOW)
     assert [(r.job, r.outcome, r.done_steps, r.planned_steps) for r in before.files] == [(1, "ended early", 4, 10)]
     assert before.global_step == progress.global_step == 4
-    assert not before.has_trained(1, first.sha256)
+    assert not before.has_trained("", 1, first.sha256)
 
 
 def test_a_job_closed_before_its_first_step_has_no_mean_loss() -> None:
@@ -86,16 +86,56 @@ def test_a_job_closed_before_its_first_step_has_no_mean_loss() -> None:
     assert before.files[0].mean_loss is None
 
 
-def test_a_trained_job_is_known_by_number_and_content() -> None:
-    progress = InProgress(plan=plan_of(80), done_steps=10, loss_sum=1.0, last_loss=1.0)
-    lineage = lineage_at(0).ended(progress, outcome="trained", finished_at=NOW, eval_loss=None)
-    assert lineage.has_trained(1, "a" * 64)
-    assert not lineage.has_trained(1, "b" * 64)
-    assert not lineage.has_trained(2, "a" * 64)
+HERE, THERE = "1" * 32, "2" * 32
+
+
+def trained_by(home: str) -> Lineage:
+    progress = InProgress(plan=plan_of(80, home=home), done_steps=10, loss_sum=1.0, last_loss=1.0)
+    return lineage_at(0).ended(progress, outcome="trained", finished_at=NOW, eval_loss=None)
+
+
+def in_the_middle_of(home: str) -> Lineage:
+    return lineage_at(0).at(InProgress(plan=plan_of(80, home=home), done_steps=4, loss_sum=1.0, last_loss=1.0))
+
+
+def test_a_trained_job_is_known_by_home_number_and_content() -> None:
+    lineage = trained_by(HERE)
+    assert lineage.has_trained(HERE, 1, "a" * 64)
+    assert not lineage.has_trained(HERE, 1, "b" * 64)
+    assert not lineage.has_trained(HERE, 2, "a" * 64)
+    assert not lineage.has_trained(THERE, 1, "a" * 64)
 
 
 def test_the_plan_in_progress_is_known_by_number_and_content() -> None:
-    lineage = lineage_at(0).at(InProgress(plan=plan_of(80), done_steps=1, loss_sum=1.0, last_loss=1.0))
-    assert lineage.plan_in_progress(1, "a" * 64) is lineage.in_progress
-    assert lineage.plan_in_progress(1, "b" * 64) is None
-    assert lineage.plan_in_progress(2, "a" * 64) is None
+    lineage = in_the_middle_of(HERE)
+    assert lineage.plan_in_progress(HERE, 1, "a" * 64) is lineage.in_progress
+    assert lineage.plan_in_progress(HERE, 1, "b" * 64) is None
+    assert lineage.plan_in_progress(HERE, 2, "a" * 64) is None
+
+
+def test_what_another_home_began_goes_on_with_the_same_bytes_under_any_number() -> None:
+    lineage = in_the_middle_of(THERE)
+    assert lineage.plan_in_progress(HERE, 7, "a" * 64) is lineage.in_progress
+    assert lineage.plan_in_progress(HERE, 1, "b" * 64) is None
+    own = plan_of(80, home=HERE, job=7)
+    before, progress = lineage.begun(own, NOW)
+    assert (before.files, before.in_progress, progress.plan, progress.done_steps) == ((), None, own, 4)
+    ended = before.ended(replace(progress, done_steps=10), outcome="trained", finished_at=NOW, eval_loss=None)
+    assert ended.has_trained(HERE, 7, "a" * 64)
+    assert not ended.has_trained(THERE, 1, "a" * 64)
+
+
+def test_a_model_older_than_the_ids_of_homes_is_of_the_home_it_is_in() -> None:
+    for lineage in (trained_by(""), in_the_middle_of("")):
+        values = json.loads(lineage.to_json())
+        for plan in [values["in_progress"]["plan"]] if values["in_progress"] else values["files"]:
+            del plan["home"]
+        assert Lineage.from_json(json.dumps(values)) == lineage
+    assert trained_by("").has_trained(HERE, 1, "a" * 64)
+    assert in_the_middle_of("").plan_in_progress(HERE, 1, "a" * 64) is not None
+    assert in_the_middle_of("").plan_in_progress(HERE, 2, "a" * 64) is None
+
+
+@given(records)
+def test_a_record_survives_json_exactly(record: FileRecord) -> None:
+    assert FileRecord.from_json(record.to_json()) == record

@@ -1,0 +1,116 @@
+"""Recovery: which trained files the model has lost, and the way back into the queue for them.
+
+Nobody tells the daemon of a restore, a hand-copied or a deleted model. It looks at the published lineage while
+nothing trains; what to do about the loss is for a person to say.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from longrun import archive, disk, requests
+from longrun.checkpoint import LINEAGE
+from longrun.errors import BadModel
+from longrun.job import Job, JobState
+from longrun.missing import missing_of, published_lineage
+
+if TYPE_CHECKING:
+    from longrun.context import Context
+
+SETTLE_S = 2.0  # a model that is being copied or replaced is judged when nothing changed for so long
+TAKE_BACK_S = 1.0  # of a tick; files are read for it
+NAMES_TOLD = 10
+
+
+class Recovery:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._signature: tuple[int, ...] = ()
+        self._changed_at: float | None = None
+
+    def look(self, now: float, *, idle: bool) -> None:
+        """Keep the missing files true, and tell which have become missing."""
+        context = self._context
+        another = idle and self._another_model(now)
+        if not (another or context.missing_unsure):
+            return
+        try:
+            missing = self._find()
+        except BadModel:
+            return  # half copied, or damaged: its next change, or the next file, tells
+        finally:
+            context.missing_unsure = False
+        known = {job.number for job in context.missing}
+        context.missing = missing
+        lost = [job for job in missing if job.number not in known]
+        if lost:
+            self._tell(lost)
+
+    def _another_model(self, now: float) -> bool:
+        """Whether the published lineage has changed and is still since; costs one look at a file's facts."""
+        found = disk.signature(self._context.home.model / LINEAGE)
+        if found != self._signature:
+            self._signature, self._changed_at = found, now
+        settled = self._changed_at is not None and now - self._changed_at >= SETTLE_S
+        if settled:
+            self._changed_at = None
+        return settled
+
+    def _find(self) -> list[Job]:
+        context = self._context
+        trained = context.ledger.in_state(JobState.TRAINED)
+        return missing_of(trained, published_lineage(context.home), context.home_id)
+
+    def _tell(self, lost: list[Job]) -> None:
+        names = [job.name for job in lost]
+        told = ", ".join(names[:NAMES_TOLD]) + (", ..." if len(names) > NAMES_TOLD else "")
+        count = f"{len(names)} file{'s' if len(names) > 1 else ''}, {sum(job.rows for job in lost)} rows"
+        self._context.say(
+            "missing",
+            f"the model does not have what it learnt from {told} ({count}): `daemon.py missing` lists them,"
+            " `daemon.py retry --missing` trains them again",
+            level="warning",
+            files=names,
+        )
+
+    # -- back into the queue
+
+    def take_back(self) -> bool:
+        """Do what `retry --missing` asked for, a part of it each time; whether there is more to do.
+
+        The jobs keep their numbers, so they come before whatever was dropped since. The request is cleared when all
+        of them are in the queue: after a crash it is gone on with.
+        """
+        asked = requests.pending(self._context.home, requests.RETRY)
+        if asked is None:
+            return False
+        try:
+            missing = self._find()
+        except BadModel:
+            return False  # it must be clear what is missing
+        end = time.monotonic() + TAKE_BACK_S
+        for job in missing:
+            if "jobs" not in asked or job.number in asked["jobs"]:
+                if time.monotonic() > end:
+                    return True
+                self._take_back(job)
+        requests.clear(self._context.home, requests.RETRY)
+        return False
+
+    def _take_back(self, job: Job) -> None:
+        context = self._context
+        found = archive.find_trained(context.home, job, on_bytes=context.notifier.patience)
+        if found is None:
+            context.say(
+                "not taken back",
+                f"{job.name} cannot be trained again: trained/ does not have its bytes any more",
+                level="warning",
+                job=job.number,
+                file=job.name,
+            )
+            return
+        archive.claim_again(context.home, job, found)
+        context.ledger.move(job, JobState.CLAIMED)
+        context.missing_unsure = True
+        context.say("taken back", f"{job.name} will train again, in its old place", job=job.number, file=job.name)

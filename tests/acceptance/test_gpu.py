@@ -1,0 +1,56 @@
+"""What only a CUDA device can show. Skips itself without one; nothing here depends on how large the device is."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def pids_on_the_device() -> str:
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_file_is_trained_in_bf16_and_every_row_once(lab):
+    lab.drop("a.jsonl", 37)
+    assert lab.drain() == 0
+    assert "training on cuda with bf16" in lab.log or not torch.cuda.is_bf16_supported()
+    assert lab.times_trained("a", 37) == {1: 37}
+
+
+def test_a_kill_in_mid_file_costs_no_row(make_lab):
+    lab = make_lab(**{"train.save_steps": 2})
+    lab.drop("a.jsonl", 60)
+    third = {"at": "transformers.trainer:Trainer.training_step", "role": "worker", "nth": 4, "do": "kill", "once": "a"}
+    assert lab.drain(faults=[third]) == 0
+    assert lab.times_trained("a", 60) == {1: 60}
+
+
+def test_out_of_memory_keeps_the_batch_and_every_row(lab):
+    lab.drop("a.jsonl", 37)
+    too_much = {
+        "at": "transformers.trainer:Trainer.training_step",
+        "role": "worker",
+        "do": "device full",
+        "rows_over": 4,
+    }
+    assert lab.drain(faults=[too_much]) == 0
+    assert lab.times_trained("a", 37) == {1: 37}
+    assert lab.lineage["files"][0]["planned_steps"] == 5
+
+
+def test_an_idle_worker_leaves_the_device(make_lab):
+    lab = make_lab(**{"worker.idle_release_minutes": 0.02})
+    lab.start()
+    lab.drop("a.jsonl", 9)
+    lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
+    worker = next(event["worker_pid"] for event in lab.events if event["event"] == "started")
+    lab.wait_until(lambda: "its memory is released" in lab.log)
+    assert str(worker) not in pids_on_the_device().split()
