@@ -305,10 +305,18 @@ def _take_place(staged: Path, target: Path) -> Path | None:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     former = target.with_name(f"{target.name}.replaced-{stamp}-{os.urandom(2).hex()}")
-    disk.rename(staged, former)
+    restored = staged.stat().st_ino
     try:
+        disk.rename(staged, former)
         disk.swap(target, former)
-    except OSError:
-        disk.move(former, staged)
-        raise
+    except OSError as error:
+        if former.exists() and former.stat().st_ino == restored:
+            disk.move(former, staged)
+        if target.stat().st_ino != restored:
+            raise
+        # They have changed places, and only the sync failed: what was there must not go where remains go.
+        raise BadBackup(
+            f"{target} is the backup now, but it is not sure to outlast a crash: {error.strerror}",
+            hint=f"what was there is kept as {former}",
+        ) from error
     return former

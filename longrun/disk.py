@@ -273,9 +273,13 @@ def swap(first: Path, second: Path) -> None:
     number = ctypes.get_errno() if result else 0
     if number in CANNOT:
         incoming = second.with_name(second.name + ".incoming")
-        second.rename(incoming)
-        first.rename(second)
-        incoming.rename(first)
+        with contextlib.ExitStack() as undo:
+            second.rename(incoming)
+            undo.callback(incoming.rename, second)
+            first.rename(second)
+            undo.callback(second.rename, first)
+            incoming.rename(first)
+            undo.pop_all()
     elif number:
         raise OSError(number, os.strerror(number), str(first))
     sync_folder(first.parent)
