@@ -48,9 +48,9 @@ class Outcome:
 
 
 class Hand:
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         command = [sys.executable, "-m", "tests.drills.hand"]
-        here = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+        here = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environment
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=here
         )
@@ -76,6 +76,9 @@ class Hand:
 def _serve() -> None:
     import fsspec  # noqa: F401 - warm
     import zstandard  # noqa: F401 - warm
+
+    if "AWS_ENDPOINT_URL" in os.environ:
+        import s3fs  # noqa: F401 - warm
 
     import backup_manager
 

@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from longrun.backups import back_up
@@ -133,6 +133,7 @@ class Operation:
 
     arguments: tuple[str, ...]
     gone: tuple[str, ...] = ()  # backups that it removes
+    settings: dict[str, int] = field(default_factory=dict)
 
     def words(self, world: World) -> list[str]:
         return [world.ids.get(word, word) for word in self.arguments]
