@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo run test check fix bench clean
+.PHONY: demo run test drills bench check fix clean
 
 demo: .venv/run.stamp  ## see it work: two files, every row counted, an answer
 	@$(BIN)/python daemon.py demo
@@ -12,7 +12,10 @@ run: .venv/run.stamp  ## watch inbox/ of this folder
 	@$(BIN)/python daemon.py run
 
 test: check  ## the same, and all tests with the real daemon and the real tiny model
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/training tests/acceptance
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/training tests/acceptance tests/drills
+
+drills: .venv/drills.stamp  ## try to break the promises of backups, in full: tests/drills/README.md
+	LONGRUN_DRILLS=full $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 tests/drills
 
 check: .venv/dev.stamp  ## lint, types, floors, and the unit tests with their coverage
 	$(BIN)/ruff check .
@@ -36,6 +39,10 @@ bench: .venv/run.stamp  ## compare backups with cp, restic and borg; needs 20 GB
 
 .venv/dev.stamp: .venv/run.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/drills.stamp: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[drills]'
 	@touch $@
 
 clean:  ## forget the virtual environment and caches

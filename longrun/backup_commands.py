@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun import config, disk
-from longrun.errors import BadBackup, ExitCode, Locked
+from longrun.errors import BadBackup, ExitCode, Locked, printable
 from longrun.home import Home, find_home
-from longrun.journal import printable
 from longrun.manifest import BackupType, Manifest
 from longrun.retention import Keep
 from longrun.store import Store, telling
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from longrun.backups import Saved
     from longrun.transfer import Remote
 
-PROGRAM = "python3 backup_manager.py"
+NAME = "backup_manager.py"
 LOOK_S = 0.5
 
 
@@ -50,7 +49,7 @@ def _home(args: argparse.Namespace) -> Home:
 
 
 def _store(args: argparse.Namespace, home: Home) -> Store:
-    if _is_remote(args):
+    if args.store and _is_url(args.store):
         raise BadBackup(
             f"cannot {args.command} with the store {args.store}: only `list` and `verify` look at a URL directly",
             hint="keep backups in a folder; `export ID URL` and `import URL` copy them",
@@ -116,7 +115,7 @@ def _saved_lines(saved: Saved, again: str) -> Iterator[str]:
 
 def _restore_command(args: argparse.Namespace, home: Home, backup: str, place: Path) -> str:
     """What to type from here to have the backup in this place."""
-    words = [*PROGRAM.split(), "restore", backup]
+    words = [*_program(), "restore", backup]
     if place != home.model.resolve():
         words.append(str(place))
     if args.store:
@@ -124,6 +123,12 @@ def _restore_command(args: argparse.Namespace, home: Home, backup: str, place: P
     if home.root != Path.cwd() and not (args.home is None and "LONGRUN_HOME" in os.environ):
         words += ["--home", str(home.root)]
     return shlex.join(words)
+
+
+def _program() -> list[str]:
+    """How this program is called from here."""
+    there = Path(__file__).resolve().parent.parent / NAME
+    return ["python3", NAME if there.parent == Path.cwd() else str(there)]
 
 
 def _list(args: argparse.Namespace, home: Home) -> int:
@@ -174,7 +179,9 @@ def _verify(args: argparse.Namespace, home: Home) -> int:
     how = "manifests and sizes" if args.quick else "every byte"
     lines = [f"DAMAGED  {found}" for found in damage]
     if damage:
-        lines.append("back up a folder that still has these contents, and they are whole again")
+        here = isinstance(catalogue, Store)
+        how = "back up a folder that still has these contents" if here else "export these backups to it again"
+        lines.append(f"{how}, and they are whole again")
     else:
         lines = [f"{len(looked_at)} backups, {len(sizes)} contents, {_size(sum(sizes.values()))}: all good ({how})"]
     facts = {"backups": [backup.id for backup in looked_at], "bytes": sum(sizes.values()), "quick": args.quick}
@@ -262,7 +269,7 @@ def _export(args: argparse.Namespace, home: Home) -> int:
             transfer.export_archive(store, manifest, Path(args.target), bar.add)
         else:
             transfer.export_folder(store, manifest, Path(args.target), bar.add)
-    again = shlex.join([*PROGRAM.split(), "import", args.target])
+    again = shlex.join([*_program(), "import", args.target])
     _say(
         args,
         {"id": manifest.id, "target": args.target, "bytes": manifest.size_bytes},

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from longrun import __version__, checkpoint, disk
 from longrun.errors import BadBackup
 from longrun.manifest import BackupType, Manifest, StoredFile, is_digest, is_inside, new_id
-from longrun.source import Pinned, Snapshot, faults
+from longrun.source import Pinned, Snapshot, check_is_folder, faults
 from longrun.store import Store, check_room, in_parallel, silent, stored_files, telling
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def back_up(
     there are, `on_bytes` of each piece that was read.
     """
     with telling(f"back up {folder}"):
+        check_is_folder(folder)
         _check_apart(store, folder)
         Store.make(store.root)
         started, now = time.monotonic(), datetime.now(UTC)
@@ -306,11 +307,18 @@ def _take_place(staged: Path, target: Path) -> Path | None:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
     former = target.with_name(f"{target.name}.replaced-{stamp}-{os.urandom(2).hex()}")
-    disk.rename(staged, former)
     try:
+        disk.rename(staged, former)
         disk.swap(target, former)
     except OSError:
-        disk.move(former, staged)
+        if former.exists():  # it got its name, and then something failed: it must not keep it
+            disk.move(former, staged)
         raise
-    disk.sync_folder(target.parent)  # it is done: an error of this must undo nothing
+    try:
+        disk.sync_folder(target.parent)
+    except OSError as error:  # it is done, so this must undo nothing
+        raise BadBackup(
+            f"{target} is the backup now, but it is not sure to outlast a crash: {error.strerror}",
+            hint=f"what was there is kept as {former}",
+        ) from error
     return former

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import archive, config, disk, requests, status
 from longrun.archive import ACCEPTED
-from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning
-from longrun.journal import printable
+from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning, printable
 from longrun.plan import make_plan
 from longrun.worker import PROGRAM
 

@@ -124,6 +124,11 @@ class BadFile(LongrunError):
         return {key: value for key, value in found.items() if value is not None}
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with everything that is not plainly printable shown as an escape."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def exit_code(program: str, work: Callable[[], int]) -> int:
     """Do a program's work; what a person can act on becomes one sentence on stderr and an exit code."""
     try:
@@ -141,5 +146,5 @@ def exit_code(program: str, work: Callable[[], int]) -> int:
 
 
 def _told(program: str, sentence: str, code: ExitCode) -> int:
-    print(f"{program}: {sentence}", file=sys.stderr)  # noqa: T201
+    print(f"{program}: {printable(sentence)}", file=sys.stderr)  # noqa: T201
     return code

@@ -15,15 +15,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk
+from longrun.errors import printable
 
 if TYPE_CHECKING:
     from longrun.config import LogSettings
     from longrun.home import Home
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with everything that is not plainly printable shown as an escape."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def utc_now() -> str:

@@ -26,6 +26,7 @@ VERSION = 1
 PATH_MAX_BYTES, NAME_MAX_BYTES = 4096, 255  # limits of Linux
 DEPTH_MAX = 100  # folders in one another: walking and making them is recursive
 SIZE_MAX_BYTES = 1 << 62
+MAX_BYTES = 4 << 20  # of a manifest, some 13,000 files: JSON may take thirty times its length in memory
 ANY = "any"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -123,6 +124,8 @@ def is_digest(text: str) -> bool:
 
 def parse(content: bytes, backup: str) -> Manifest:
     """The manifest of the backup of this id (or, for "any", whose it is); BadBackup says what is wrong with it."""
+    if len(content) > MAX_BYTES:
+        raise BadBackup(f"the manifest of {backup} cannot be trusted: it is longer than any that is written")
     try:
         values = json.loads(content)
         found = _checked(values)
@@ -148,6 +151,8 @@ def _checked(values: dict[str, Any]) -> Manifest:
     _check_types(values)
     files = tuple(_checked_file(entry) for entry in values["files"])
     _check_names([file.path for file in files])
+    if len({(file.sha256, file.size) for file in files}) != len({file.sha256 for file in files}):
+        raise BadBackup("it gives one content two sizes")
     kind = BackupType(values["type"])
     return Manifest(**{**values, "type": kind, "faults": tuple(values["faults"]), "files": files})
 

@@ -69,6 +69,13 @@ class Pinned:
         return json.loads(self.read(0, self.found.st_size))
 
 
+def check_is_folder(folder: Path) -> None:
+    """BadBackup when there is nothing at the path that could be backed up."""
+    if not folder.is_dir():
+        why = "it is not a folder" if folder.exists() else "there is no such folder"
+        raise BadBackup(f"cannot back up {folder}: {why}", hint="check the path")
+
+
 @dataclass
 class Snapshot:
     """The source at one moment."""
@@ -82,9 +89,7 @@ class Snapshot:
 
         `follow` also takes what symbolic links outside the folder lead to, as in the hub's cache.
         """
-        if not folder.is_dir():
-            why = "it is not a folder" if folder.exists() else "there is no such folder"
-            raise BadBackup(f"cannot back up {folder}: {why}", hint="check the path")
+        check_is_folder(folder)
         _allow_many_files()
         for attempt in range(TRIES):
             snapshot = cls(folder.resolve())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from longrun import disk
 from longrun.errors import BadBackup, Locked
-from longrun.manifest import Manifest, StoredFile, is_digest, is_id, parse
+from longrun.manifest import MAX_BYTES, Manifest, StoredFile, is_digest, is_id, parse
 from longrun.retention import Keep, expendable
 
 if TYPE_CHECKING:
@@ -102,15 +102,27 @@ class Catalogue:
     def find(self, name: str) -> Manifest:
         """A backup by its id, the beginning of it, or "latest", the newest that is complete."""
         if name == LATEST:
-            whole = [backup for backup in self.all() if backup.complete]
-            if whole:
-                return whole[-1]
-            raise BadBackup(f"there is no complete backup in {self.place}", hint="`list` shows what there is")
+            return self._latest()
         matching = [backup for backup in self.ids() if backup.startswith(name)]
         if len(matching) == 1:
             return self.read(matching[0])
         why = f"{len(matching)} backups begin so" if matching else "there is no such backup"
         raise BadBackup(f"cannot find {name!r} in {self.place}: {why}", hint="`list` shows their ids")
+
+    def _latest(self) -> Manifest:
+        """The newest complete backup; an older one never stands in silently for one that cannot be read."""
+        readable = self.all()
+        whole = [backup for backup in readable if backup.complete]
+        if not whole:
+            raise BadBackup(f"there is no complete backup in {self.place}", hint="`list` shows what there is")
+        unreadable = set(self.ids()) - {backup.id for backup in readable}
+        newer = [backup for backup in sorted(unreadable) if backup > whole[-1].id]  # an id begins with its time
+        if newer:
+            raise BadBackup(
+                f"cannot tell the latest in {self.place}: the manifest of {newer[-1]} is damaged",
+                hint=f"name the one you mean; the newest that can be read is {whole[-1].id}",
+            )
+        return whole[-1]
 
 
 @dataclass
@@ -304,8 +316,7 @@ class Store(Catalogue):
         is unknown), while the newest complete backup is damaged, or when that one was named.
         """
         with self.pruning() if execute else self.using("prune"):
-            manifests = [self.read(backup) for backup in self.ids()]
-            manifests.sort(key=_age)
+            manifests = self._all_or_none()
             doomed = [self.find(name) for name in named] if named else expendable(manifests, keep)
             self._check_newest(manifests, doomed)
             left = [manifest for manifest in manifests if manifest not in doomed]
@@ -320,6 +331,16 @@ class Store(Catalogue):
                     disk.remove_file(self.object(digest))
                 disk.empty_folder(self.tmp)
             return Pruned(doomed, sum((freed | stale).values()))
+
+    def _all_or_none(self) -> list[Manifest]:
+        """All backups, oldest first; BadBackup when one cannot be read."""
+        try:
+            return sorted((self.read(backup) for backup in self.ids()), key=_age)
+        except BadBackup as error:
+            raise BadBackup(
+                f"nothing was pruned: {error.message}, so what it needs is unknown",
+                hint=f"to give that backup up, move its folder out of {self.backups}",
+            ) from None
 
     def _check_newest(self, manifests: list[Manifest], doomed: list[Manifest]) -> None:
         newest = next((manifest for manifest in reversed(manifests) if manifest.complete), None)
@@ -385,6 +406,8 @@ class Additions:
 
     def commit(self, manifest: Manifest) -> None:
         """Make the backup exist: everything it names is durable, then its folder appears in one step."""
+        if len(manifest.to_json()) > MAX_BYTES:
+            raise BadBackup(f"cannot store {manifest.source}: it has too many files", hint="leave some of them out")
         self._sync()
         papers = self.folder / manifest.id
         papers.mkdir()
@@ -479,10 +502,13 @@ def _needing(manifests: list[Manifest], digest: str) -> list[str]:
 
 
 def _bytes_of(path: Path) -> bytes | None:
-    """What the store's own file holds; None for anything else."""
+    """What the store's own file holds; None for anything else. Of one too long to be ours only so much is read."""
     if path.is_symlink():
         return None
     try:
-        return path.read_bytes()
+        if not path.is_file():  # a FIFO would be waited for
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None

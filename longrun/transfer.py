@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from longrun import disk
 from longrun.backups import stage, staging
 from longrun.errors import BadBackup
-from longrun.manifest import ANY, Manifest, StoredFile, is_id, parse
+from longrun.manifest import ANY, MAX_BYTES, Manifest, StoredFile, is_id, parse
 from longrun.store import (
     FORMAT,
     MANIFEST,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     Meter = Callable[[int], None]
 
 PAPER, MODEL = "backup.json", "model"
-PAPER_MAX_BYTES = 64 << 20
 HEADERS_MAX_BYTES = 1 << 20  # of an archive, between two contents
 ARCHIVES = (".tar.zst", ".tar")
 
@@ -72,18 +71,15 @@ def export_folder(store: Store, manifest: Manifest, target: Path, on_bytes: Mete
 
 def export_archive(store: Store, manifest: Manifest, target: Path, on_bytes: Meter = silent) -> None:
     """The backup as one file that appears whole; BadBackup when there is one, or a content is damaged."""
-    with telling(f"export {manifest.id} to {target}"), store.using("export"):
+    with telling(f"export {manifest.id} to {target}"), store.using("export"), staging(target) as staged:
         if target.exists():
             raise BadBackup(f"cannot export to {target}: it exists", hint="name a new file")
-        temporary = disk.aside(target)
-        try:
-            with temporary.open("xb") as file:
-                _write_archive(store, manifest, file, compressed=target.suffix == ".zst", on_bytes=on_bytes)
-            disk.sync_file(temporary)
-            disk.rename_new(temporary, target)
-            disk.sync_folder(target.parent)
-        finally:
-            disk.remove_file(temporary)
+        whole = staged / target.name
+        with whole.open("xb") as file:
+            _write_archive(store, manifest, file, compressed=target.suffix == ".zst", on_bytes=on_bytes)
+        disk.sync_file(whole)
+        disk.rename_new(whole, target)
+        disk.sync_folder(target.parent)
 
 
 def _write_archive(store: Store, manifest: Manifest, file: IO[bytes], *, compressed: bool, on_bytes: Meter) -> None:
@@ -145,10 +141,11 @@ def import_folder(store: Store, folder: Path, on_bytes: Meter = silent) -> Manif
         paper = folder / PAPER
         if not paper.is_file():
             raise BadBackup(f"cannot import {folder}: there is no {PAPER} in it", hint="name an exported folder")
-        manifest = parse(paper.read_bytes(), ANY)
+        with paper.open("rb") as opened:
+            manifest = parse(opened.read(MAX_BYTES + 1), ANY)
         with _arriving(store, manifest) as arrival:
             for file in manifest.files:
-                with _opened(folder / MODEL / file.path) as descriptor:
+                with _opened(folder / MODEL / file.path, file.size) as descriptor:
                     part = arrival.additions.part()
                     digest = disk.copy_hashed(descriptor, part, on_bytes=on_bytes)
                     arrival.take(file, part, digest)
@@ -156,11 +153,13 @@ def import_folder(store: Store, folder: Path, on_bytes: Meter = silent) -> Manif
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path, size: int) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BadBackup(f"cannot import {path}: it is not a regular file")
+        if os.fstat(descriptor).st_size != size:
+            raise BadBackup(f"cannot import {path}: it does not have the size of the manifest")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -185,7 +184,7 @@ class _Limited:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self.allowed = HEADERS_MAX_BYTES + PAPER_MAX_BYTES
+        self.allowed = HEADERS_MAX_BYTES + MAX_BYTES
 
     def read(self, length: int = -1) -> bytes:
         piece = self._stream.read(length)
@@ -198,7 +197,7 @@ class _Limited:
 def _take_members(store: Store, archive: tarfile.TarFile, stream: _Limited, on_bytes: Meter) -> Manifest:
     first = archive.next()
     backup, _, name = (first.name if first else "").partition("/")
-    if first is None or name != PAPER or not first.isreg() or first.size > PAPER_MAX_BYTES or not is_id(backup):
+    if first is None or name != PAPER or not first.isreg() or first.size > MAX_BYTES or not is_id(backup):
         raise BadBackup(f"the archive is not a backup: it does not begin with ID/{PAPER}")
     manifest = parse(b"".join(_pieces_of(archive, first)), backup)
     wanted = {f"{backup}/{MODEL}/{file.path}": file for file in manifest.files}
@@ -324,7 +323,7 @@ class Remote(Catalogue):
     def read(self, backup: str) -> Manifest:
         with self._telling("read"):
             try:
-                content = self._fs.cat_file(self._at("backups", backup, MANIFEST))
+                content = self._fs.cat_file(self._at("backups", backup, MANIFEST), end=MAX_BYTES + 1)
             except FileNotFoundError:
                 raise BadBackup(f"the manifest of {backup} is missing in {self.place}") from None
         return parse(content, backup)

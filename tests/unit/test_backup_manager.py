@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = f"python3 {REPOSITORY / 'backup_manager.py'}"
 
 
 @pytest.fixture
@@ -197,14 +198,18 @@ def test_a_backup_says_what_it_has_and_how_to_restore_it(trained: Home, said: An
     made = Store(trained.backups).find("latest")
     assert lines[0] == f"backup {made.id} is complete and verified: a model at global step 5"
     assert " files, " in lines[1]
-    assert lines[-1] == f"to restore it: python3 backup_manager.py restore {made.id}"
+    assert lines[-1] == f"to restore it: {PROGRAM} restore {made.id}"
     assert said("list").endswith("why\\nnot\n")
 
 
-def test_an_incomplete_model_is_said_to_be_that_everywhere(trained: Home, said: Any) -> None:
+def test_an_incomplete_model_is_said_to_be_that_everywhere(
+    trained: Home, said: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     os.truncate(trained.model / "checkpoint-5" / "optimizer.pt", 1)
     assert "it is not a whole model" in said("backup", "current_model", code=1)
-    told = said("backup", "current_model", "--type", "pre_recovery")
+    assert backup_manager.main(["backup", "current_model", "--type", "pre_recovery"]) == 1
+    told, refused = capsys.readouterr()
+    assert "is stored, but it is not a whole model" in refused
     assert "is stored and verified, but the model in it is INCOMPLETE:\n    checkpoint-5: optimizer.pt" in told
     assert "INCOMPLETE: checkpoint-5: optimizer.pt" in said("list")
     made = Store(trained.backups).ids()[0]
@@ -300,9 +305,9 @@ def test_a_backup_goes_out_and_comes_in_as_it_is_said(trained: Home, said: Any, 
     said("backup", "current_model")
     lines = said("export", "latest", target).splitlines()
     assert lines[0] == f"{Store(trained.backups).ids()[0]} is in {target}, verified"
-    words = shlex.split(lines[1].removeprefix("to bring it into another store: python3 backup_manager.py "))
+    words = shlex.split(lines[1].removeprefix(f"to bring it into another store: {PROGRAM} "))
     told = said(*words, "--store", "other")
-    assert "every byte verified\nto restore it: python3 backup_manager.py restore " in told
+    assert f"every byte verified\nto restore it: {PROGRAM} restore " in told
     assert Store(trained.root / "other").damage() == []
     if target.startswith("file:"):
         assert said("list", "--store", target) == said("list")
@@ -327,6 +332,8 @@ def test_every_command_speaks_to_machines(trained: Home, said: Any) -> None:
 
 def test_what_is_not_there_is_told(trained: Home, said: Any) -> None:
     assert "there is no such folder; check the path" in said("backup", "curent_model", code=1)
+    assert "there are no backups in" in said("restore", "2001", code=1)
+    said("backup", "current_model")
     assert "there is no such backup" in said("restore", "2001", code=1)
     assert "No such file" in said("import", "absent.tar", code=1)
 

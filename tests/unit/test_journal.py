@@ -12,7 +12,8 @@ import pytest
 
 from longrun import disk
 from longrun.config import LogSettings
-from longrun.journal import Journal, printable, utc_now
+from longrun.errors import printable
+from longrun.journal import Journal, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import hashlib
 import os
@@ -433,7 +434,7 @@ def test_ctrl_c_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             meter(1)
 
-    monkeypatch.setattr(stores, "as_completed", interrupted)
+    monkeypatch.setattr(concurrent.futures, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         in_parallel(work, range(100))
 

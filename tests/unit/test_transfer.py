@@ -58,7 +58,7 @@ def _no_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PAPER_MAX_BYTES", 1 << 18)
+    monkeypatch.setattr(transfer, "MAX_BYTES", 1 << 18)
     monkeypatch.setattr(transfer, "HEADERS_MAX_BYTES", 1 << 14)
 
 
@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[Path], str]] = {
 
 
 def bring_out(store: Store, manifest: Manifest, target: str) -> None:
-    if transfer.is_url(target):
+    if "://" in target:
         Remote(target).push(store, manifest)
     elif target.endswith(transfer.ARCHIVES):
         transfer.export_archive(store, manifest, Path(target))
@@ -81,7 +81,7 @@ def bring_out(store: Store, manifest: Manifest, target: str) -> None:
 
 
 def bring_in(store: Store, origin: str) -> Manifest:
-    if transfer.is_url(origin):
+    if "://" in origin:
         return Remote(origin).pull(store, Remote(origin).find("latest"))
     if origin.endswith(transfer.ARCHIVES):
         return transfer.import_archive(store, Path(origin))
@@ -197,7 +197,7 @@ def test_damaged_content_does_not_go_out(store: Store, made: Manifest, tmp_path:
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(BadBackup):
         bring_out(store, made, WAYS[way](tmp_path))
-    if transfer.is_url(WAYS[way](tmp_path)):
+    if "://" in WAYS[way](tmp_path):
         assert Remote(WAYS[way](tmp_path)).ids() == []
     else:
         assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -263,7 +263,7 @@ def test_a_size_that_is_a_lie_is_refused(
     values = json.loads((exported / "backup.json").read_bytes())
     values["files"][0]["size"] = size
     (exported / "backup.json").write_bytes(sealed(values))
-    with pytest.raises(BadBackup, match="does not have the SHA-256 and size of the manifest"):
+    with pytest.raises(BadBackup, match="does not have the (SHA-256 and )?size of the manifest"):
         transfer.import_folder(other, exported)
     assert nothing_in(other)
 

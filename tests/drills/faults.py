@@ -1,0 +1,104 @@
+"""Calls that change a disk, made to fail: counted in this process, the nth of them kills it or raises.
+
+Every such call of longrun passes here, pathlib's, shutil's and those of open files included. `pread` is among them
+so that a disk that cannot be read is had too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import io
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+OF_OS = (
+    *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "chmod", "utime"),
+    *("fsync", "fdatasync", "write", "pwrite", "pread", "truncate", "ftruncate", "copy_file_range"),
+)
+KILL = "SIGKILL"
+EVER_AFTER = " ever after"  # from the nth call on: a disk that has died, or is full and stays so
+
+
+class Faults:
+    """What happens at which call. `how` is "SIGKILL" or the name of an errno; the nth call counts from 1."""
+
+    def __init__(self, nth: int, how: str, trace: list[str]) -> None:
+        self.nth, self.how, self.trace = nth, how, trace
+        self._guard = threading.Lock()
+
+    def reached(self, what: str, *about: Any) -> None:
+        with self._guard:
+            self.trace.append(" ".join([what, *filter(None, map(_place, about))]))
+            count = len(self.trace)
+        name = self.how.removesuffix(EVER_AFTER)
+        if count == self.nth or (name != self.how and self.nth and count > self.nth):
+            if name == KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    def install(self) -> None:
+        for name in OF_OS:
+            setattr(os, name, self._wrapped(name, getattr(os, name)))
+        fcntl.ioctl = self._wrapped("ioctl", fcntl.ioctl)  # type: ignore[assignment]
+        io.open = self._opening(io.open)  # type: ignore[assignment]
+        ctypes.CDLL = functools.partial(_Library, self)  # type: ignore[assignment,misc]
+
+    def _wrapped(self, name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            self.reached(name, *arguments)
+            return function(*arguments, **options)
+
+        return wrapped
+
+    def _opening(self, function: Any) -> Any:
+        """Files that pathlib opens for writing: their opening counts, and each write."""
+        faults = self
+
+        class File(io.FileIO):
+            def write(self, content: Any) -> int:
+                faults.reached("file.write", self.name)
+                return super().write(content)
+
+        @functools.wraps(function)
+        def opened(path: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
+            if "b" not in mode or not set(mode) & set("wxa+"):
+                return function(path, mode, buffering, *rest, **options)
+            faults.reached("open", path)
+            file = File(path, mode.replace("b", ""))
+            return file if buffering == 0 else io.BufferedRandom(file) if "+" in mode else io.BufferedWriter(file)
+
+        return opened
+
+
+class _Library:
+    """The C library, for renameat2."""
+
+    real = ctypes.CDLL
+
+    def __init__(self, faults: Faults, *arguments: Any, **options: Any) -> None:
+        self._faults, self._library = faults, self.real(*arguments, **options)
+
+    def renameat2(self, *arguments: Any) -> Any:
+        try:
+            self._faults.reached("renameat2", *map(os.fsdecode, arguments[1:4:2]))
+        except OSError as error:
+            ctypes.set_errno(error.errno or 0)
+            return -1
+        return self._library.renameat2(*arguments)
+
+
+def _place(word: Any) -> str:
+    """A path, or where an open file is, on one line; nothing for anything else."""
+    if isinstance(word, int) and 2 < word < 1 << 20:
+        try:
+            word = Path(f"/proc/self/fd/{word}").readlink()
+        except OSError:
+            return ""
+    return str(word).replace("\n", "?") if isinstance(word, str | Path) else ""

@@ -1,0 +1,152 @@
+"""A process that has everything imported and runs backup_manager.py in forked children: a case costs milliseconds.
+
+    python -m tests.drills.hand      reads a line of JSON for each run, answers with one
+
+A run may be told to die after some seconds, or at its nth call that changes the disk (see `faults`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMIT_S = 10.0  # no command may hang
+MEMORY_BYTES = 200 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int  # negative: the signal that ended it
+    out: str
+    err: str
+    seconds: float
+    peak_bytes: int
+    calls: list[str]  # those that change the disk, when they were counted
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def check_told(self) -> None:
+        """A failure is one sentence; nothing hung, nothing took much memory."""
+        assert self.code in (0, 1), self
+        told = self.err.removeprefix("backup_manager.py: ")
+        verdict = self.out.startswith(("DAMAGED", "{"))  # of verify, for a person or a machine
+        assert self.code == 0 or verdict or (told != self.err and told.count("\n") == 1), self
+        assert self.peak_bytes < MEMORY_BYTES, self
+
+
+class Hand:
+    def __init__(self, **environment: str) -> None:
+        command = [sys.executable, "-m", "tests.drills.hand"]
+        here = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environment
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=here
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def do(self, *arguments: str | Path, home: Path, **orders: Any) -> Outcome:
+        """Run a command in this home. Orders: after_s, nth, how, settings ({"longrun.store:YOUNG_S": 0})."""
+        assert self._process.stdin and self._process.stdout
+        line = {"arguments": [*map(str, arguments), "--home", str(home)], "cwd": str(home), **orders}
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+
+def _serve() -> None:
+    import fsspec  # noqa: F401 - warm
+    import zstandard  # noqa: F401 - warm
+
+    if "AWS_ENDPOINT_URL" in os.environ:
+        import s3fs  # noqa: F401 - warm
+
+    import backup_manager
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        with (
+            tempfile.TemporaryFile("w+") as out,
+            tempfile.TemporaryFile("w+") as err,
+            tempfile.TemporaryFile("w+") as calls,
+        ):
+            before = time.monotonic()
+            child = os.fork()
+            if not child:
+                _run(backup_manager.main, order, out, err, calls)
+            code, peak_kib = _wait(child, before, order.get("after_s"))
+            values = {"code": code, "seconds": time.monotonic() - before, "peak_bytes": peak_kib << 10}
+            texts = {"out": _text(out), "err": _text(err), "calls": _text(calls).splitlines()}
+        sys.stdout.write(json.dumps(values | texts) + "\n")
+        sys.stdout.flush()
+
+
+def _run(main: Any, order: dict[str, Any], out: IO[str], err: IO[str], calls: IO[str]) -> None:
+    from tests.drills.faults import Faults
+
+    os.chdir(order["cwd"])
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    trace: list[str] = []
+    for name, value in order.get("settings", {}).items():
+        module, _, attribute = name.partition(":")
+        setattr(importlib.import_module(module), attribute, value)
+    if "nth" in order:
+        Faults(order["nth"], order.get("how", ""), trace).install()
+    code = 70
+    try:
+        code = main(order["arguments"])
+    except BaseException:  # noqa: BLE001 - shown as the interpreter would
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        calls.write("\n".join(trace))
+        with contextlib.suppress(OSError):
+            calls.flush()
+        os._exit(code)
+
+
+def _wait(child: int, before: float, after_s: float | None) -> tuple[int, int]:
+    """Exit code and peak memory; the child is killed at its moment, or when it hangs (then: SIGALRM)."""
+    end = before + (LIMIT_S if after_s is None else after_s)
+    if after_s is not None:
+        time.sleep(max(0.0, end - time.monotonic()))
+        os.kill(child, signal.SIGKILL)
+    while True:
+        found, status, usage = os.wait4(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss
+        if time.monotonic() > end + LIMIT_S:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -signal.SIGALRM, 0
+        time.sleep(0.002)
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+if __name__ == "__main__":
+    _serve()
