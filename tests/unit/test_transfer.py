@@ -263,7 +263,7 @@ def test_a_size_that_is_a_lie_is_refused(
     values = json.loads((exported / "backup.json").read_bytes())
     values["files"][0]["size"] = size
     (exported / "backup.json").write_bytes(sealed(values))
-    with pytest.raises(BadBackup, match="does not have the (SHA-256 and )?size of the manifest"):
+    with pytest.raises(BadBackup, match=r"does not have the (SHA-256 and )?size of the manifest"):
         transfer.import_folder(other, exported)
     assert nothing_in(other)
 
