@@ -188,8 +188,7 @@ class Daemon:
                 self._settle_orphans(now)
                 self._taking_back = self._takes_back and self._recovery.take_back()
                 self._preparation.next(now, self._context.seen)
-                with self._context.model_held():
-                    self._train_next(now)
+                self._train_next(now)
             if self._taking_back:
                 self._ring()  # the rest of it at once
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
@@ -282,8 +281,11 @@ class Daemon:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
         if self._runs.current is not None or self._paused or self._leaving or self._taking_back:
             return
-        if not self._context.waiting(limit=1):
-            return
+        if self._context.waiting(limit=1):
+            with self._context.model_held():  # what is looked at is what will be trained
+                self._train_first(now)
+
+    def _train_first(self, now: float) -> None:
         usable, newest = self._look_at_model(now)
         if not usable:
             return

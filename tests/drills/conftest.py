@@ -15,6 +15,7 @@ from tests.drills.hand import Hand
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytest.register_assert_rewrite("tests.drills.daemons", "tests.drills.world")
 LINES: list[str] = []
 
 

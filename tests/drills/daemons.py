@@ -60,6 +60,15 @@ class Watched(Lab):
 
     # -- breaking
 
+    @property
+    def trace(self) -> Path:
+        """The calls of the process that was to be struck."""
+        return self.probe / "calls.txt"
+
+    @property
+    def was_struck(self) -> bool:
+        return self.trace.exists()
+
     def strike(self, who: str, daemon: Any) -> None:
         """Kill the daemon, its worker, or both, at once; the worker's end is the daemon's to notice."""
         worker = _worker_of(daemon.pid)

@@ -47,7 +47,7 @@ class Faults:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         fcntl.ioctl = self._wrapped("ioctl", fcntl.ioctl)  # type: ignore[assignment]
         io.open = self._opening(io.open)  # type: ignore[assignment]
-        ctypes.CDLL = functools.partial(_Library, self)  # type: ignore[assignment,misc]
+        ctypes.CDLL = functools.partial(_library, self, ctypes.CDLL)  # type: ignore[assignment,misc]
 
     def _wrapped(self, name: str, function: Any) -> Any:
         @functools.wraps(function)
@@ -77,21 +77,21 @@ class Faults:
         return opened
 
 
-class _Library:
-    """The C library, for renameat2."""
+def _library(faults: Faults, load: Any, *arguments: Any, **options: Any) -> Any:
+    """The C library with its renameat2 counted."""
+    library = load(*arguments, **options)
+    rename = library.renameat2
 
-    real = ctypes.CDLL
-
-    def __init__(self, faults: Faults, *arguments: Any, **options: Any) -> None:
-        self._faults, self._library = faults, self.real(*arguments, **options)
-
-    def renameat2(self, *arguments: Any) -> Any:
+    def renameat2(*names: Any) -> Any:
         try:
-            self._faults.reached("renameat2", *map(os.fsdecode, arguments[1:4:2]))
+            faults.reached("renameat2", *map(os.fsdecode, names[1:4:2]))
         except OSError as error:
             ctypes.set_errno(error.errno or 0)
             return -1
-        return self._library.renameat2(*arguments)
+        return rename(*names)
+
+    library.renameat2 = renameat2
+    return library
 
 
 def _place(word: Any) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 
 from tests.drills.daemons import Watched
 
 LIVES, KILLS_A_LIFE = 400, 25  # 10,000 kills
 ROLES = ("daemon", "worker", "preparer")
+ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EMFILE")
+LIMIT_S = 60.0
 
 
 def test_a_kill_at_any_moment_costs_no_file_and_no_row(campaign, quick):
@@ -31,3 +35,50 @@ def test_a_kill_at_any_moment_costs_no_file_and_no_row(campaign, quick):
             lab.close()
 
     campaign.run("1, 2: killed at a random moment, no file and no row is lost", range(LIVES), attempt, small=1)
+
+
+def test_a_kill_at_any_call_costs_no_file_and_no_row(campaign, quick):
+    def attempt(case, dice):
+        role, number = case
+        lab = struck(quick / "struck", role, number, "SIGKILL")
+        campaign.note(f"killed a {role}", lab.was_struck)
+
+    campaign.run("3: killed at a call that changes the disk", cases_of_calls(quick), attempt, small=9)
+
+
+def test_a_refused_call_is_told_and_costs_no_file_and_no_row(campaign, quick):
+    cases = [(role, number, how) for role, number in cases_of_calls(quick) for how in ERRORS]
+
+    def attempt(case, dice):
+        lab = struck(quick / "struck", *case)
+        assert "Traceback" not in (lab.home / "stderr.log").read_text()
+        campaign.note("refused", lab.was_struck)
+
+    campaign.run("4: refused at a call that changes the disk", cases, attempt, small=9)
+
+
+def cases_of_calls(folder):
+    """Each call of each role, with a few to spare: a run that is cut may need more."""
+    return [(role, number) for role in ROLES for number in range(1, calls_of(folder / role, role) + 5)]
+
+
+def calls_of(home, role):
+    """How many calls change the disk when three files are trained."""
+    lab = struck(home, role, 0, "")
+    return len(lab.trace.read_text().splitlines())
+
+
+def struck(home, role, number, how):
+    """A home in which the nth call was struck, and that was taken up again by a daemon which nothing befalls."""
+    shutil.rmtree(home, ignore_errors=True)
+    lab = Watched(home)
+    try:
+        for name, rows in (("a", 20), ("b", 1), ("c", 9)):
+            lab.drop_rows(name, rows)
+        call = json.dumps({"role": role, "nth": number, "how": how, "trace": str(lab.trace)})
+        lab.start("--drain", LONGRUN_CALL=call).wait(LIMIT_S)
+        assert lab.drain() == 0, lab.log
+        lab.check()
+    finally:
+        lab.close()
+    return lab

@@ -5,6 +5,9 @@
                            "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC", "row": "text", "rows_over": 0,
                            "about": "text", "once": "name"}
     LONGRUN_CHILDREN=FILE    the program that the daemon starts as worker and preparer instead of train.py
+    LONGRUN_CALL=JSON        {"role": "daemon", "nth": 5, "how": "SIGKILL", "trace": FILE}: what tests/drills/faults.py
+                             does at the nth call that changes the disk, in the first process of this role only;
+                             FILE lists the calls
     LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
@@ -164,6 +167,19 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+class Trace(list):
+    """Calls, written down one by one: the process may not live to tell them in the end."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self.write = os.write  # as it is before faults are installed
+
+    def append(self, line: str) -> None:
+        super().append(line)
+        self.write(self.file, line.encode("utf-8", "backslashreplace") + b"\n")
+
+
 def main() -> None:
     wrappers: dict[str, list] = {}
     for fault in json.loads(os.environ.get("LONGRUN_FAULTS", "[]")):
@@ -174,6 +190,12 @@ def main() -> None:
         module, _, function = TRAINING_STEP.partition(":")
         # Innermost, so that a batch is recorded only if a fault let it through.
         wrappers.setdefault(module, []).insert(0, (function, record))
+    call = json.loads(os.environ.get("LONGRUN_CALL", "{}"))
+    if call.get("role") == role() and not Path(call["trace"]).exists():
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from tests.drills.faults import Faults
+
+        Faults(call["nth"], call["how"], Trace(call["trace"])).install()
     if "LONGRUN_CHILDREN" in os.environ:
         wrappers.setdefault("longrun.worker", []).append(("PROGRAM", lambda _: Path(os.environ["LONGRUN_CHILDREN"])))
     if "LONGRUN_FREE_BYTES" in os.environ:
