@@ -116,7 +116,7 @@ def test_an_export_that_is_cut_off_is_resumed_and_uploads_nothing_twice(campaign
         assert all(uploads[key] == 1 for key in there), uploads
         bring_back(hand, bucket, world)
 
-    campaign.run("an export to S3 cut off is resumed", range(CUTS), attempt, small=3)
+    campaign.run("an export to S3 cut off is resumed", range(CUTS), attempt, small=2)
 
 
 def test_damage_in_a_bucket_is_found_and_not_imported(campaign, server, whole, tmp_path):
@@ -151,4 +151,4 @@ def test_damage_in_a_bucket_is_found_and_not_imported(campaign, server, whole, t
             assert not store.backups.is_dir() or store.damage() == []
 
     cases = [(number, ("flip", "truncate", "delete")[number % 3]) for number in range(DAMAGES)]
-    campaign.run("damage in S3 is found and not imported", cases, attempt, small=3)
+    campaign.run("damage in S3 is found and not imported", cases, attempt, small=2)

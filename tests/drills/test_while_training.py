@@ -12,7 +12,7 @@ from longrun.home import Home
 from tests.drills.campaign import FULL
 from tests.lab import Lab
 
-BACKUPS, SMALL = 100, 3
+BACKUPS, SMALL = 100, 2
 ROWS = 60
 SETTINGS = {"train.batch_size": 4, "train.save_steps": 3, "train.save_total_limit": 2}
 PROGRAM = "backup_manager.py"
