@@ -83,6 +83,7 @@ class Context:
 
     def let_go_model(self) -> None:
         self._users -= 1
+        assert self._users >= 0, "each hold is let go once"
         if not self._users and self._model_lock is not None:
             self._model_lock.release()
 

@@ -166,8 +166,8 @@ class Daemon:
             self._stand_still(now, "disk", error)
         except BadModel as error:
             self._stand_still(now, "model", error)
-        except ModelRemoved:
-            pass  # between two looks at it; the next tick begins afresh
+        except (ModelRemoved, Locked):
+            pass  # between two looks at it, or by a restore; the next tick begins afresh
         self._tell_status(now)
         return self._finished()
 

@@ -104,11 +104,11 @@ class Runs:
             self.worker.kill()  # what it holds has been trained; a new model begins from the base
         self.warm_up(now, plan.recipe.batch_size)
         model = checkpoint.OpenModel(self._context.home, newest)
-        self._context.hold_model()
         if newest is not None:
             self._tell_what_was_begun(job, newest.lineage)
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
+        self._context.hold_model()  # for the length of the run
         self.current = Run(
             job=job,
             plan=plan,
@@ -256,6 +256,13 @@ class Runs:
     # -- hearing
 
     def hear(self, now: float) -> None:
+        if self.current is None:
+            self._hear(now)
+            return
+        with self._context.model_held():  # a run that ends is settled before a restore may have the model
+            self._hear(now)
+
+    def _hear(self, now: float) -> None:
         run = self.current
         if not self.worker.running:
             return
@@ -434,10 +441,11 @@ class Runs:
     def _failed(self, run: Run, failure: wire.Failed) -> None:
         if self._lost_model(run):
             return
-        self._over(run)
         if failure.kind == "model removed":
             self._model_removed(run, failure.why)
-        elif failure.kind == "diverged":
+            return
+        self._over(run)
+        if failure.kind == "diverged":
             reason = {
                 "kind": "diverged",
                 "why": failure.why,
