@@ -10,16 +10,16 @@ import json
 import os
 import shlex
 import sys
-import time
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from longrun import config, disk
-from longrun.errors import BadBackup, ExitCode, Locked, printable
+from longrun import config
+from longrun.errors import BadBackup, ExitCode, printable
 from longrun.home import Home, find_home
 from longrun.manifest import BackupType, Manifest
+from longrun.replacing import alone_with_model
 from longrun.retention import Keep
 from longrun.store import Store, telling
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from longrun.transfer import Remote
 
 NAME = "backup_manager.py"
-LOOK_S = 0.5
 
 
 def do(args: argparse.Namespace) -> int:
@@ -56,7 +55,7 @@ def _store(args: argparse.Namespace, home: Home) -> Store:
         )
     if args.store:
         return Store(Path(args.store).expanduser().resolve())
-    return Store(home.root / config.load(home.settings).backup.store)
+    return Store(config.load(home.settings).backup.folder(home.root))
 
 
 def _keep(args: argparse.Namespace, home: Home) -> Keep:
@@ -195,7 +194,7 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     store = Store.open(_store(args, home).root)
     manifest = store.find(args.id)
     target = Path(args.target) if args.target else home.model
-    with _model_to_oneself(_home_of_model(target), args.when_idle), Bar(args.json) as bar:
+    with _alone(_home_of_model(target, home), args.when_idle), Bar(args.json) as bar:
         bar.start(manifest.size_bytes)
         former = backups.restore(store, manifest, target, on_bytes=bar.add)
     facts: dict[str, Any] = {
@@ -214,34 +213,18 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     return ExitCode.OK
 
 
-def _home_of_model(target: Path) -> Home | None:
+def _home_of_model(target: Path, home: Home) -> Home | None:
     """The home whose model the target is; None for any other folder."""
     target = Path(os.path.abspath(target))  # noqa: PTH100 - not through the link that current_model may be
-    home = Home(target.parent)
-    return home if target == home.model and home.state.is_dir() else None
+    beside = Home(target.parent)
+    if target == beside.model and beside.state.is_dir():
+        return beside
+    return home if target.resolve() == home.model.resolve() and home.state.is_dir() else None
 
 
-@contextlib.contextmanager
-def _model_to_oneself(home: Home | None, wait: bool) -> Iterator[None]:
-    """No file begins to train meanwhile; Locked when one is being trained and nobody wants to wait."""
-    if home is None:
-        yield
-        return
-    while True:
-        try:
-            lock = disk.Lock.take(
-                home.training_lock,
-                what="restore",
-                held=home.model,
-                hint="--when-idle waits until no file is being trained; `daemon.py stop` ends training now",
-            )
-            break
-        except Locked:
-            if not wait:
-                raise
-            time.sleep(LOOK_S)
-    with lock:
-        yield
+def _alone(home: Home | None, wait: bool) -> contextlib.AbstractContextManager[None]:
+    hint = "--when-idle waits until no file is being trained; `daemon.py stop` ends training now"
+    return alone_with_model(home, "restore", wait=wait, hint=hint) if home else contextlib.nullcontext()
 
 
 def _prune(args: argparse.Namespace, home: Home) -> int:

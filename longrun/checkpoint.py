@@ -27,7 +27,7 @@ from longrun.errors import BadModel, ModelRemoved
 from longrun.lineage import Lineage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from longrun.home import Home
@@ -388,9 +388,14 @@ def publish(home: Home, checkpoint: Path) -> None:
         disk.sync_folder(home.model)
 
 
-def _published_names(checkpoint: Path) -> list[str]:
-    names = {entry.name for entry in checkpoint.iterdir() if not entry.name.startswith(RESUME_ONLY)}
+def published_names(files: Iterable[str]) -> list[str]:
+    """Which of a checkpoint's files are published, in the order of publishing."""
+    names = {name for name in files if not name.startswith(RESUME_ONLY)}
     return [*sorted(names - {TRAINER_STATE}), TRAINER_STATE]
+
+
+def _published_names(checkpoint: Path) -> list[str]:
+    return published_names(entry.name for entry in checkpoint.iterdir())
 
 
 def _stale_names(model: Path, published: set[str]) -> Iterator[str]:

@@ -226,21 +226,18 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     """Back the model up, verified, and remove it: the next file trains from the base model at step 0."""
     from longrun.backups import back_up
     from longrun.manifest import BackupType
+    from longrun.replacing import alone_with_model
     from longrun.store import Store
 
-    store = Store(home.root / config.load(home.settings, flags=flags).backup.store)
+    store = Store(config.load(home.settings, flags=flags).backup.folder(home.root))
     step = status.published_step(home)
     if not home.model.is_dir():
         raise LongrunError(f"cannot reset {home.root}: there is no {home.model.name}/", hint="nothing is to be done")
     if not yes:
         _ask(f"Back up the model at global step {step} and begin anew? [y/N] ")
     home.make()
-    with disk.Lock.take(
-        home.training_lock,
-        what="reset",
-        held=home.model,
-        hint="`daemon.py stop` or `daemon.py pause` first, or wait until no file is being trained",
-    ):
+    hint = "`daemon.py stop` or `daemon.py pause` first, or wait until no file is being trained"
+    with alone_with_model(home, "reset", hint=hint):
         saved = back_up(store, home.model, BackupType.PRE_RECOVERY, reason="reset")
         disk.remove_tree(home.model.resolve(), home.staging)
     for fault in saved.manifest.faults:

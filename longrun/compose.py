@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 FORMER_WORKER_S = 60.0
+HOME_ID = "home id"  # in the ledger
 HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a user wants to know
 
 
@@ -40,13 +41,11 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
             requests.clear(home, void)
         check_one_file_system(home)
         wait_for_former_worker(home)
-        if not home.id:
-            disk.write_file(home.id_file, uuid.uuid4().hex.encode())
         ledger = Ledger.open(home.ledger)
         notifier = Notifier()
         context = Context(
             home=home,
-            home_id=home.id,
+            home_id=identify(home, ledger),
             settings=settings,
             flags=flags,
             ledger=ledger,
@@ -60,6 +59,16 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
         finally:
             ledger.close()
     return ExitCode.OK if clean or not (drain or by_hand) else ExitCode.FAILURE
+
+
+def identify(home: Home, ledger: Ledger) -> str:
+    """What this home is called in the models it trains. Kept twice: without it all that was trained would seem lost."""
+    known = home.id or ledger.fact(HOME_ID) or uuid.uuid4().hex
+    if home.id != known:
+        disk.write_file(home.id_file, known.encode())
+    if ledger.fact(HOME_ID) != known:
+        ledger.set_fact(HOME_ID, known)
+    return known
 
 
 def check_readable(file: Path) -> None:
@@ -100,8 +109,8 @@ def check_base_model(context: Context) -> None:
     """BadConfig when training could not even begin, or would go on from another base model than was asked for."""
     try:
         newest = context.newest()
-    except BadModel:
-        return  # a running daemon says so and waits for a person
+    except (BadModel, Locked):
+        return  # a running daemon says so, and waits for a person or for the restore that has the model
     if newest is not None:
         config.check_base(context.settings, newest.lineage.base_model)
         return

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "LONGRUN_"
 NOT_SETTINGS = frozenset({"LONGRUN_HOME"})
 MEBIBYTE = 1 << 20
+NO_TARGET = "none"
 TINY = "tiny"  # the built-in base model
 
 
@@ -90,11 +91,15 @@ class BackupSettings:
     after_files: int = _setting(0, least=0)  # a scheduled backup after so many trained files; 0: never
     after_hours: float = _setting(0.0, least=0)  # and when the last one is so old; 0: never
     store: str = "backups"  # a folder, from the home
-    target: str = "none"  # a URL that each scheduled backup is copied to
+    target: str = NO_TARGET  # a URL that each scheduled backup is copied to
     keep_last: int = _setting(3, least=1)  # scheduled backups, besides the newest of each
     keep_daily: int = _setting(7, least=0)  # of so many days,
     keep_weekly: int = _setting(4, least=0)  # weeks
     keep_monthly: int = _setting(6, least=0)  # and months
+
+    def folder(self, home: Path) -> Path:
+        """Where backups are kept."""
+        return home / Path(self.store).expanduser()
 
     @property
     def keep(self) -> Keep:
@@ -309,6 +314,16 @@ def _range_words(least: float | None, most: float | None) -> str:
 
 
 def _check_together(settings: Settings) -> None:
+    _check_shares(settings)
+    target = settings.backup.target
+    if target != NO_TARGET and "://" not in target:
+        raise BadConfig(
+            f"backup.target = {target!r} ({settings.sources.get('backup.target')}) is not a URL",
+            hint="a folder is file:///path; where backups are kept is backup.store",
+        )
+
+
+def _check_shares(settings: Settings) -> None:
     """Every process must train the same number of rows of every step, and a device the same number at once."""
     batch, at_once = settings.train.batch_size, settings.train.per_device_train_batch_size or 1
     processes = settings.worker.processes

@@ -68,7 +68,7 @@ class NotRunning(LongrunError):
 
 
 class BadBackup(LongrunError):
-    """A backup, or what should become one, is not whole; nothing was replaced by it."""
+    """A backup, or what should become one, is not whole."""
 
 
 class BadModel(LongrunError):

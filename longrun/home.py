@@ -105,7 +105,7 @@ class Home:
 
     @property
     def training_lock(self) -> Path:
-        """Held while the model is read or trained; a restore takes it for the moment in which it swaps."""
+        """Held while the model is read or trained; and by a restore or reset, from its first byte to its last."""
         return self.state / "training.lock"
 
     def job(self, number: int) -> Path:

@@ -159,15 +159,15 @@ class Daemon:
     def tick(self, now: float) -> bool:
         """One round; True means leave. A full disk or a model that cannot be used makes training stand still."""
         try:
-            self._round(now)
+            # Between two looks at the model it may go, or a restore may take it: the next tick begins afresh.
+            with contextlib.suppress(ModelRemoved, Locked):
+                self._round(now)
         except (OSError, sqlite3.OperationalError) as error:
             if not _means_full(error):
                 raise
             self._stand_still(now, "disk", error)
         except BadModel as error:
             self._stand_still(now, "model", error)
-        except (ModelRemoved, Locked):
-            pass  # between two looks at it, or by a restore; the next tick begins afresh
         self._tell_status(now)
         return self._finished()
 
@@ -184,16 +184,24 @@ class Daemon:
         self._claim_settled(now)
         if over:
             self._scheduled.tick(now, self._context.seen, between_files=self._runs.current is None)
-            with contextlib.suppress(Locked):  # the model is being restored: the next file waits for it
-                self._settle_orphans(now)
-                self._taking_back = self._takes_back and self._recovery.take_back()
-                self._preparation.next(now, self._context.seen)
-                self._train_next(now)
+            self._go_on(now)
             if self._taking_back:
                 self._ring()  # the rest of it at once
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
+
+    def _go_on(self, now: float) -> None:
+        """Settle, prepare and train; while the model is being restored or reset, the next file waits for it."""
+        try:
+            self._settle_orphans(now)
+            self._taking_back = self._takes_back and self._recovery.take_back()
+            self._preparation.next(now, self._context.seen)
+            self._train_next(now)
+        except Locked as held:
+            self._context.problem("restore", f"the next file waits: {held.message}")
+        else:
+            self._context.solved("restore")
 
     def _stand_still(self, now: float, trouble: str, error: Exception) -> None:
         self._context.problem(trouble, f"paused: {trouble}. {error}")

@@ -68,6 +68,7 @@ def _job_of(record: FileRecord) -> Job:
         arrived_at=datetime.fromisoformat(record.finished_at).timestamp(),
         sha256=record.sha256,
         rows=record.rows + record.held_out_rows,
+        on_bad_row="skip",  # the rows are the same: had there been a bad one, it was skipped
         record=record.to_json(),
     )
 

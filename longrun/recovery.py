@@ -28,11 +28,14 @@ class Recovery:
         self._context = context
         self._signature: tuple[int, ...] = ()
         self._changed_at: float | None = None
+        self._gone: set[int] = set()  # jobs of the request under way whose bytes were looked for in vain
 
     def look(self, now: float, *, idle: bool) -> None:
         """Keep the missing files true, and tell which have become missing."""
         context = self._context
         another = idle and self._another_model(now)
+        if another and context.seen is not None and not self._signature:
+            context.model_removed("current_model/ was removed: starting from the base model at step 0")
         if not (another or context.missing_unsure):
             return
         try:
@@ -91,17 +94,20 @@ class Recovery:
             return False  # it must be clear what is missing
         end = time.monotonic() + TAKE_BACK_S
         for job in missing:
-            if "jobs" not in asked or job.number in asked["jobs"]:
+            if job.number not in self._gone and job.number in asked.get("jobs", [job.number]):
                 if time.monotonic() > end:
                     return True
                 self._take_back(job)
-        requests.clear(self._context.home, requests.RETRY)
+        self._gone.clear()
+        if requests.pending(self._context.home, requests.RETRY) == asked:  # else somebody has asked again meanwhile
+            requests.clear(self._context.home, requests.RETRY)
         return False
 
     def _take_back(self, job: Job) -> None:
         context = self._context
         found = archive.find_trained(context.home, job, on_bytes=context.notifier.patience)
         if found is None:
+            self._gone.add(job.number)
             context.say(
                 "not taken back",
                 f"{job.name} cannot be trained again: trained/ does not have its bytes any more",

@@ -527,9 +527,8 @@ class Runs:
         self.worker.kill()
         self._over(run)
         self._context.ledger.move(run.job, JobState.QUEUED)
-        self._context.model_removed(
-            f"{why}: {run.job.name} will start again from the base model at step 0", job=run.job.number
-        )
+        then = "the base model at step 0" if why.endswith("removed") else "the model that is there then"
+        self._context.model_removed(f"{why}: {run.job.name} will start again from {then}", job=run.job.number)
 
     def _release_when_idle(self, now: float) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes

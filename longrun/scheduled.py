@@ -14,38 +14,49 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longrun.config import NO_TARGET
+
 if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
 
 PROGRAM = Path(__file__).resolve().parent.parent / "backup_manager.py"
+NICE = ("nice", "-n", "10")  # the training process goes first
 FACT = "scheduled backup"  # in the ledger: when the last one was made, and of what
-NO_TARGET = "none"
+FAILED = {
+    "backup": "the scheduled backup failed",
+    "export": "copying the scheduled backup failed",
+    "prune": "pruning old backups failed",
+}
 SECONDS_AN_HOUR = 3600
+LIMIT_S = 24 * SECONDS_AN_HOUR  # then an errand counts as hung
+LEAVE_S = 5.0
 
 
 @dataclass
 class Scheduled:
     context: Context
-    _errand: subprocess.Popen[str] | None = None  # one command of the backup manager; it says little
-    _steps: list[str] = field(default_factory=list)  # what is left of backup, prune, export
+    _errands: list[tuple[str, str]] = field(default_factory=list)  # command and backup; the first is under way
+    _process: subprocess.Popen[bytes] | None = None
+    _began: float = 0.0
     _of: dict[str, Any] = field(default_factory=dict)  # what is being backed up
-    _backup: str = ""  # the id of the backup that was made
+    _uncopied: list[str] = field(default_factory=list)  # backups that are still to be copied to the target
     _not_before: float = 0.0
 
     @property
     def busy(self) -> bool:
-        return self._errand is not None
+        return self._process is not None
 
     def tick(self, now: float, newest: Checkpoint | None, *, between_files: bool) -> None:
-        """Hear of the errand under way; begin one when a backup is due."""
-        if self._errand is not None and self._errand.poll() is not None:
-            self._ended(self._errand, now)
-        free = self._errand is None and between_files and now >= self._not_before
-        if free and newest is not None and self.is_due(newest):
-            self._of = _described(newest)
-            self._steps = ["backup", "prune"]
-            self._steps += ["export"] if self.context.settings.backup.target != NO_TARGET else []
+        """Hear of the errand under way; begin the next, or another backup when one is due."""
+        if self._process is not None:
+            self._hear(self._process, now)
+        if self._process is None and between_files and now >= self._not_before:
+            if newest is not None and self.is_due(newest):
+                self._of = _described(newest)
+                self._errands = [("backup", "")]
+            elif self._uncopied:
+                self._errands = self._copies()
             self._begin(now)
 
     def is_due(self, newest: Checkpoint) -> bool:
@@ -62,63 +73,104 @@ class Scheduled:
         age_h = (time.time() - last.get("at", 0)) / SECONDS_AN_HOUR
         return enough or 0 < settings.after_hours <= age_h
 
+    # -- errands
+
     def _begin(self, now: float) -> None:
-        home, backup = self.context.home, self.context.settings.backup
+        if not self._errands:
+            return
+        command, backup = self._errands[0]
+        home = self.context.home
         words = {
             "backup": [str(home.model), "--type", "scheduled"],
+            "export": [backup, self.context.settings.backup.target],
             "prune": ["--execute"],
-            "export": [self._backup, backup.target],
-        }[self._steps[0]]
-        nice = ["nice", "-n", "10"]  # the training process goes first
-        command = [*nice, sys.executable, str(PROGRAM), self._steps[0], *words, "--home", str(home.root), "--json"]
+        }[command]
+        whole = [*NICE, sys.executable, str(PROGRAM), command, *words, "--home", str(home.root), "--json"]
         try:
-            self._errand = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            # Files, not pipes: a full one would hold up the child. A session of its own: Ctrl-C is for the daemon.
+            with self._said.open("wb") as said, self._complained.open("wb") as complained:
+                self._process = subprocess.Popen(
+                    whole, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, start_new_session=True
+                )
+            self._began = now
         except OSError as error:
-            self._failed(now, str(error))
+            self._failed(str(error), now)
 
-    def _ended(self, errand: subprocess.Popen[str], now: float) -> None:
-        said, refused = errand.communicate()
-        self._errand = None
-        if errand.returncode:
-            why = refused.strip().splitlines()[-1:] or [f"exit code {errand.returncode}"]
-            self._failed(now, why[0].removeprefix(f"{PROGRAM.name}: "))
+    @property
+    def _said(self) -> Path:
+        return self.context.home.state / "backup.out"
+
+    @property
+    def _complained(self) -> Path:
+        return self.context.home.state / "backup.err"
+
+    def _hear(self, process: subprocess.Popen[bytes], now: float) -> None:
+        if process.poll() is None:
+            if now - self._began > LIMIT_S:
+                process.kill()
             return
-        answer = json.loads(said)
-        if self._steps[0] == "backup":
-            self._made(answer)
-        elif self._steps[0] == "export":
-            self.context.say("backup copied", f"backup {self._backup} is in {answer['target']}, verified")
-        self._steps.pop(0)
-        if self._steps:
-            self._begin(now)
+        self._process = None
+        try:
+            said = self._said.read_text(encoding="utf-8", errors="replace")
+            answer = json.loads(said[said.find("{") :]) if not process.returncode else None
+        except (OSError, ValueError) as error:
+            self._failed(f"what it said cannot be read: {error}", now)
+            return
+        if answer is None:
+            self._failed(self._complaint(process.returncode), now)
         else:
-            self.context.solved("backup")
+            self._done(answer, now)
+
+    def _complaint(self, code: int) -> str:
+        lines = self._complained.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].removeprefix(f"{PROGRAM.name}: ") if lines else f"exit code {code}"
+
+    def _done(self, answer: dict[str, Any], now: float) -> None:
+        command, backup = self._errands.pop(0)
+        self.context.solved(f"scheduled {command}")
+        if command == "backup":
+            self._made(answer)
+        elif command == "export":
+            self._uncopied.remove(backup)
+            self.context.say("backup copied", f"backup {backup} is in {answer['target']}, verified")
+        self._begin(now)
 
     def _made(self, answer: dict[str, Any]) -> None:
-        self._backup = answer["id"]
+        backup, settings = answer["id"], self.context.settings.backup
         self.context.ledger.set_fact(FACT, json.dumps(self._of))
         self.context.say(
             "backup",
-            f"backup {self._backup} is complete and verified: global step {answer['global_step']},"
+            f"backup {backup} is complete and verified: global step {answer['global_step']},"
             f" {answer['new_bytes'] / 1e6:.1f} MB newly stored in {answer['seconds']:.1f} s",
-            backup=self._backup,
+            backup=backup,
         )
+        self._uncopied += [backup] if settings.target != NO_TARGET else []
+        self._errands = [*self._copies(), ("prune", "")]
 
-    def _failed(self, now: float, why: str) -> None:
-        """A visible problem until it succeeds; training goes on."""
-        what = {"backup": "the scheduled backup", "prune": "pruning old backups", "export": "copying the backup"}
-        self.context.problem("backup", f"{what[self._steps[0]]} failed: {why}")
+    def _copies(self) -> list[tuple[str, str]]:
+        """What is still to be copied, and has not been pruned meanwhile."""
+        folder = self.context.settings.backup.folder(self.context.home.root) / "backups"
+        self._uncopied = [backup for backup in self._uncopied if (folder / backup).exists()]
+        return [("export", backup) for backup in self._uncopied]
+
+    def _failed(self, why: str, now: float) -> None:
+        """A visible problem until it succeeds; what does not depend on it is done all the same."""
+        command, _ = self._errands.pop(0)
+        self.context.problem(f"scheduled {command}", f"{FAILED[command]}: {why}")
         self._not_before = now + self.context.settings.worker.retry_s
-        self._steps = []
+        self._errands = [errand for errand in self._errands if errand[0] != command]
+        self._begin(now)
 
     def abandon(self) -> None:
         """Leave: an unfinished backup is none, and is due again at the next start."""
-        if self._errand is not None:
-            self._errand.terminate()
-            self._errand.communicate()
-            self._errand = None
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
 
 
 def _described(newest: Checkpoint) -> dict[str, Any]:

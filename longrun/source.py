@@ -139,6 +139,12 @@ class Snapshot:
         numbers = [int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))]
         return f"checkpoint-{max(numbers)}" if numbers else None
 
+    def unsealed_checkpoints(self) -> list[str]:
+        """Checkpoint folders without the manifest that each of Longrun's has."""
+        folders = {path.partition("/")[0] for path in self.files if "/" in path}
+        ours = (name for name in folders if _CHECKPOINT.fullmatch(name))
+        return sorted(name for name in ours if f"{name}/{checkpoint.MANIFEST}" not in self.files)
+
     def _bytes_of(self, path: str) -> bytes:
         pinned = self.files.get(path)
         return pinned.read(0, pinned.found.st_size) if pinned else b""
@@ -231,8 +237,15 @@ def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str]) -> list[s
         return ["it has a lineage, but no checkpoint to go on from"]
     if snapshot.half_published():
         return [f"its files are not those of {newest}: a publish was cut off (the next daemon finishes it)"]
-    published = [path for path in snapshot.files if "/" not in path and f"{newest}/{path}" in digests]
-    return [f"{path} is not that of {newest}" for path in published if digests[path] != digests[f"{newest}/{path}"]]
+    found = [f"{name}: it has no {checkpoint.MANIFEST}" for name in snapshot.unsealed_checkpoints()]
+    listed = snapshot.files.get(f"{newest}/{checkpoint.MANIFEST}")
+    names = _listed(listed) if listed else {}
+    found += [
+        f"{name} is {'not that of' if name in digests else 'missing, unlike in'} {newest}"
+        for name in (checkpoint.published_names(names) if names else [])
+        if digests.get(name) != names.get(name)
+    ]
+    return found
 
 
 def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str]) -> Iterator[str]:
@@ -253,10 +266,17 @@ def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str]) -> Iter
         yield f"{where}its trainer_state.json is missing or says another step: the checkpoint was cut off"
 
 
-def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str, str]) -> Iterator[str]:
+def _listed(manifest: Pinned) -> dict[str, str]:
+    """SHA-256 by name as a checkpoint's manifest has them; nothing when it cannot be read."""
     try:
-        listed = {name: facts["sha256"] for name, facts in manifest.json()["files"].items()}
+        return {str(name): str(facts["sha256"]) for name, facts in manifest.json()["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str, str]) -> Iterator[str]:
+    listed = _listed(manifest)
+    if not listed:
         yield f"{checkpoint.MANIFEST} cannot be read"
         return
     for name in sorted(listed.keys() ^ (here.keys() - {checkpoint.MANIFEST})):

@@ -174,7 +174,10 @@ class Store(Catalogue):
             strange = [entry.name for entry in root.iterdir()] if root.is_dir() else []
             if not {"format.json", "RESTORE.txt", "objects", "tmp", "lock"} >= set(strange):
                 raise BadBackup(f"cannot keep backups in {root}: it holds something else", hint="name an empty --store")
+            new = [folder for folder in (root, *root.parents) if not folder.exists()]
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in new:
+                disk.sync_folder(folder.parent)
         store._check_format()
         for folder in (store.objects, store.backups, store.tmp):
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +185,7 @@ class Store(Catalogue):
             if _bytes_of(root / name) != content:
                 disk.write_file(root / name, content)
         disk.sync_folder(store.objects.parent)
-        disk.sync_folder(root.parent)
+        disk.sync_folder(root)
         return store
 
     def _check_format(self) -> None:

@@ -202,16 +202,23 @@ def _take_members(store: Store, archive: tarfile.TarFile, stream: _Limited, on_b
     manifest = parse(b"".join(_pieces_of(archive, first)), backup)
     wanted = {f"{backup}/{MODEL}/{file.path}": file for file in manifest.files}
     with _arriving(store, manifest) as arrival:
-        stream.allowed = HEADERS_MAX_BYTES * (2 + len(wanted)) + manifest.size_bytes
-        while (member := archive.next()) is not None:
-            if member.name == f"{backup}/{SUMS}" and member.isreg():
+        while (member := _next_member(archive, stream)) is not None:
+            if member.name == f"{backup}/{SUMS}" and member.isreg() and member.size <= MAX_BYTES:
+                stream.allowed += member.size
                 continue
             file = wanted.pop(member.name, None)
             if file is None or not member.isreg() or member.issparse() or member.size != file.size:
                 raise BadBackup(f"the archive has something else than its manifest says: {member.name!r}")
+            stream.allowed += member.size
             part = arrival.additions.part()
             arrival.take(file, part, disk.write_hashed(_pieces_of(archive, member), part, on_bytes))
     return arrival.manifest
+
+
+def _next_member(archive: tarfile.TarFile, stream: _Limited) -> tarfile.TarInfo | None:
+    """The next member; headers, which tarfile reads into memory whole, may take so much and no more."""
+    stream.allowed = HEADERS_MAX_BYTES
+    return archive.next()
 
 
 def _pieces_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:

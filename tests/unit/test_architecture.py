@@ -32,6 +32,7 @@ FLOORS = {
         "missing",
         "requests",
         "status",
+        "replacing",
         "source",
         "store",
         "backups",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import backup_manager
-from longrun import backup_commands, disk
+from longrun import backup_commands, disk, replacing
 from longrun import store as stores
 from longrun.home import Home
 from longrun.store import Store
@@ -274,7 +274,7 @@ def test_a_model_that_is_trained_is_not_replaced(trained: Home, said: Any, monke
     assert "--when-idle waits until no file is being trained" in told
     assert state_of(trained.model) == before
     said("restore", "latest", "elsewhere")  # in nobody's way
-    monkeypatch.setattr(disk.time, "sleep", lambda wait: training.release() if wait == backup_commands.LOOK_S else None)
+    monkeypatch.setattr(disk.time, "sleep", lambda wait: training.release() if wait == replacing.LOOK_S else None)
     said("restore", "latest", "--when-idle")
     assert disk.holder(trained.training_lock) is None
 

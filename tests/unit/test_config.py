@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from longrun.home import Home
+
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
@@ -221,3 +223,18 @@ def test_a_setting_outside_its_section_is_told_where_it_belongs(tmp_path: Path) 
     (tmp_path / "longrun.toml").write_text("learning_rate = 1e-4\n")
     with pytest.raises(BadConfig, match=r"learning_rate; write it below \[train\]"):
         config.load(tmp_path / "longrun.toml")
+
+
+def test_a_backup_target_is_a_url(home: Home) -> None:
+    home.settings.write_text('[backup]\ntarget = "/mnt/nas"\n')
+    with pytest.raises(BadConfig, match=r"backup.target = '/mnt/nas' .* is not a URL; a folder is file:///path"):
+        config.load(home.settings)
+
+
+@pytest.mark.parametrize(("store", "folder"), [("backups", "HOME/backups"), ("/mnt/x", "/mnt/x"), ("~/x", "/user/x")])
+def test_backups_are_kept_where_the_settings_say(
+    home: Home, monkeypatch: pytest.MonkeyPatch, store: str, folder: str
+) -> None:
+    monkeypatch.setenv("HOME", "/user")
+    settings = config.BackupSettings(store=store)
+    assert str(settings.folder(home.root)) == folder.replace("HOME", str(home.root))

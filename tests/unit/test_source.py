@@ -476,3 +476,26 @@ def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
 def test_a_lineage_without_a_checkpoint_cannot_be_gone_on_from(home: Home) -> None:
     shutil.rmtree(add_checkpoint(home, 5))
     assert faults_of(home.model) == ["it has a lineage, but no checkpoint to go on from"]
+
+
+# -- a model of Longrun is more than its shape
+
+
+def test_a_checkpoint_without_its_manifest_is_found(home: Home) -> None:
+    """Such a model could be restored, but no daemon would go on from it."""
+    disk.remove_file(add_checkpoint(home, 5) / "manifest.json")
+    assert faults_of(home.model) == ["checkpoint-5: it has no manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_published_file_that_is_missing_is_found(home: Home, name: str) -> None:
+    """As when somebody ended an rm -rf half-way."""
+    add_checkpoint(home, 5)
+    disk.remove_file(home.model / name)
+    assert faults_of(home.model) == [f"{name} is missing, unlike in checkpoint-5"]
+
+
+def test_a_published_file_that_has_rotted_is_found(home: Home) -> None:
+    add_checkpoint(home, 5)
+    (home.model / "config.json").write_bytes(b"[]")
+    assert faults_of(home.model) == ["config.json is not that of checkpoint-5"]
