@@ -21,7 +21,7 @@ from longrun.home import Home, find_home
 from longrun.manifest import BackupType, Manifest
 from longrun.replacing import alone_with_model
 from longrun.retention import Keep
-from longrun.store import Store, telling
+from longrun.store import LATEST, Store, telling
 
 if TYPE_CHECKING:
     import argparse
@@ -192,7 +192,7 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     from longrun import backups
 
     store = Store.open(_store(args, home).root)
-    manifest = store.find(args.id)
+    manifest = store.find(args.id) if args.target or args.id != LATEST else store.latest_model()
     target = Path(args.target) if args.target else home.model
     with _alone(_home_of_model(target, home), args.when_idle), Bar(args.json) as bar:
         bar.start(manifest.size_bytes)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from longrun import __version__, checkpoint, disk
 from longrun.errors import BadBackup
 from longrun.manifest import BackupType, Manifest, StoredFile, is_digest, is_inside, new_id
-from longrun.source import Pinned, Snapshot, check_is_folder, faults
-from longrun.store import Store, check_room, in_parallel, silent, stored_files, telling
+from longrun.source import Pinned, Snapshot, check_is_folder, faults, looks_like_model
+from longrun.store import PRUNE, Store, check_room, in_parallel, silent, stored_files, telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +68,7 @@ def back_up(
         with store.adding(backup) as additions:
             for _ in range(TRIES):
                 with Snapshot.take(folder, follow=follow) as snapshot:
+                    _check_whole(snapshot, kind, faults(snapshot, None))
                     on_start(sum(size for size in _sizes(snapshot).values()))
                     files = _Copying(store, additions, snapshot, kind, on_bytes).files()
                     if not snapshot.changed():
@@ -125,7 +126,7 @@ class _Copying:
             for pinned in by_inode.values()
             if pinned.signature not in self._known and not self._has(expected.get(pinned.path))
         }
-        check_room(self._store.root, sum(sizes.values()), f"back up {self._snapshot.folder}")
+        check_room(self._store.root, sum(sizes.values()), f"back up {self._snapshot.folder}", hint=PRUNE)
 
     def _has(self, digest: str | None) -> bool:
         return digest is not None and self._store.object(digest).exists()
@@ -182,6 +183,15 @@ def _stored(pinned: Pinned, digest: str) -> StoredFile:
     )
 
 
+def _check_whole(snapshot: Snapshot, kind: BackupType, found: list[str]) -> None:
+    if found and kind is not BackupType.PRE_RECOVERY:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise BadBackup(
+            f"cannot back up {snapshot.folder}: it is not a whole model: {found[0]}{more}",
+            hint="--type pre_recovery stores it as it is, marked incomplete",
+        )
+
+
 def _manifest(
     backup: str,
     now: datetime,
@@ -192,12 +202,7 @@ def _manifest(
     sequence: int,
 ) -> Manifest:
     found = faults(snapshot, {file.path: file.sha256 for file in files})
-    if found and kind is not BackupType.PRE_RECOVERY:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise BadBackup(
-            f"cannot back up {snapshot.folder}: it is not a whole model: {found[0]}{more}",
-            hint="--type pre_recovery stores it as it is, marked incomplete",
-        )
+    _check_whole(snapshot, kind, found)
     step = snapshot.fact(checkpoint.TRAINER_STATE, "global_step")
     lineage, base = (snapshot.fact(checkpoint.LINEAGE, key) for key in ("lineage", "base_model"))
     return Manifest(
@@ -233,11 +238,24 @@ def restore(store: Store, manifest: Manifest, target: Path, *, on_bytes: Callabl
         place = store.root.resolve()
         if target == place or target in place.parents or place in target.parents:
             raise BadBackup(f"cannot restore to {target}: the backups are in it, or it in them", hint="name another")
+        _check_place(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with store.using("restore"), staging(target) as staged:
             _check_room(store, manifest, staged)
             stage(store, manifest, staged, on_bytes)
             return _take_place(staged, target)
+
+
+def _check_place(target: Path) -> None:
+    """BadBackup unless the target is free, empty, or a model: anything else was named by mistake."""
+    for folder in target.parents:
+        if (folder / checkpoint.LINEAGE).exists():
+            raise BadBackup(f"cannot restore to {target}: it is inside the model {folder}", hint="name another TARGET")
+    names = [entry.name for entry in target.iterdir()] if target.is_dir() else []
+    if names and not any(looks_like_model(name) for name in names):
+        raise BadBackup(
+            f"cannot restore to {target}: it holds something else than a model", hint="name a new or empty folder"
+        )
 
 
 def stage(store: Store, manifest: Manifest, folder: Path, on_bytes: Callable[[int], None] = silent) -> None:
@@ -297,7 +315,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _check_room(store: Store, manifest: Manifest, staged: Path) -> None:
     sample = store.object(manifest.files[0].sha256)
     if not (sample.is_file() and disk.can_clone(sample, staged)):
-        check_room(staged, manifest.size_bytes, f"restore {manifest.id}")
+        check_room(staged.parent, manifest.size_bytes, f"restore {manifest.id}")
 
 
 def _take_place(staged: Path, target: Path) -> Path | None:

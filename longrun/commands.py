@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from longrun.missing import Missing
 
 TAIL_LINES = 40
+NOTHING_MISSING = "nothing is missing: every file trained here is in the model, or waits to train again"
 LOOK_S = 0.2
 NAMES_TOLD = 100
 
@@ -90,11 +92,12 @@ def show_missing(home: Home, *, as_json: bool) -> int:
     """The files that were trained here and are not in the model, with what is needed to decide about them."""
     from longrun import missing
 
+    home.check()
     found = missing.look(home)
     if as_json:
         say(json.dumps([_missing_facts(home, lost) for lost in found], indent=1, ensure_ascii=True))
     elif not found:
-        say("nothing is missing: the model has every file trained here")
+        say(NOTHING_MISSING)
     else:
         for line in _missing_lines(home, found):
             say(printable(line))
@@ -125,6 +128,7 @@ def _missing_lines(home: Home, found: list[Missing]) -> Iterator[str]:
         file = f"{printable(lost.job.name):<{width}}  {lost.job.rows:>7}"
         yield f"{lost.job.number:>5}  {file}  {steps:>13}  {when:<19}  {_place(home, lost)}"
     yield "`daemon.py retry --missing` trains them again, in this order"
+    yield "`backup_manager.py list` shows what can be restored"
 
 
 def _place(home: Home, lost: Missing) -> str:
@@ -206,7 +210,7 @@ def retry_missing(home: Home) -> int:
 
     found = missing.look(home)
     if not found:
-        say("nothing is missing: the model has every file trained here")
+        say(NOTHING_MISSING)
         return ExitCode.OK
     there = [lost for lost in found if lost.file]
     if there:
@@ -244,7 +248,8 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
         say(f"the model was INCOMPLETE, and is stored as it was: {printable(fault)}")
     say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
     say("`daemon.py retry --missing` trains all files again, in their order")
-    say(f"to have the model back: python3 backup_manager.py restore {saved.manifest.id}")
+    words = ["python3", str(PROGRAM.with_name("backup_manager.py")), "restore", saved.manifest.id]
+    say(f"to have the model back: {shlex.join([*words, '--home', str(home.root)])}")
     return ExitCode.OK
 
 
@@ -252,7 +257,11 @@ def _ask(question: str) -> None:
     """Go on only after a yes from a person."""
     if not sys.stdin.isatty():
         raise LongrunError("cannot ask: there is no terminal", hint="--yes does it without asking")
-    if input(question).strip().lower() not in ("y", "yes"):
+    try:
+        answer = input(question)
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise LongrunError("nothing was changed")
 
 
@@ -337,9 +346,9 @@ def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
 
 
 def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    from longrun.compose import check_home, check_one_file_system
+    from longrun.compose import check_one_file_system
 
-    check_home(home)
+    home.check()
     home.make()
     check_one_file_system(home)
     probe = home.state / "doctor.probe"

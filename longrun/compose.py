@@ -30,7 +30,7 @@ HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a 
 def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
     """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
     settings = config.load(home.settings, flags=flags)
-    check_home(home)
+    home.check()
     home.make()
     with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
         if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
@@ -75,11 +75,6 @@ def check_readable(file: Path) -> None:
     if not file.is_file():
         why = "it is not a file" if file.exists() else "there is no such file"
         raise LongrunError(f"cannot train {file}: {why}", hint="check the path")
-
-
-def check_home(home: Home) -> None:
-    if not home.root.is_dir():
-        raise BadConfig(f"cannot use {home.root} as home: there is no such folder", hint=f"mkdir -p {home.root}")
 
 
 def check_one_file_system(home: Home) -> None:

@@ -117,6 +117,11 @@ class Home:
     def prepared(self, number: int) -> Path:
         return self.job(number) / "prepared"
 
+    def check(self) -> None:
+        """BadConfig when there is no such folder: a home is not made where a name was mistyped."""
+        if not self.root.is_dir():
+            raise BadConfig(f"cannot use {self.root} as home: there is no such folder", hint=f"mkdir -p {self.root}")
+
     def make(self) -> None:
         """Create the folders that are missing; state/ is for the owner only. current_model/ is not made here:
         it appears whole with the first checkpoint.

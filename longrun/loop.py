@@ -172,6 +172,11 @@ class Daemon:
         return self._finished()
 
     def _round(self, now: float) -> None:
+        """A run that ends is settled, and its backup begun, before a restore may have the model."""
+        with self._context.model_held() if self._runs.current else contextlib.nullcontext():
+            self._do_round(now)
+
+    def _do_round(self, now: float) -> None:
         self._runs.hear(now)
         self._preparation.hear(now)
         self._obey(now)

@@ -256,13 +256,6 @@ class Runs:
     # -- hearing
 
     def hear(self, now: float) -> None:
-        if self.current is None:
-            self._hear(now)
-            return
-        with self._context.model_held():  # a run that ends is settled before a restore may have the model
-            self._hear(now)
-
-    def _hear(self, now: float) -> None:
         run = self.current
         if not self.worker.running:
             return

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 PROGRAM = Path(__file__).resolve().parent.parent / "backup_manager.py"
 NICE = ("nice", "-n", "10")  # the training process goes first
 FACT = "scheduled backup"  # in the ledger: when the last one was made, and of what
+UNCOPIED = "backups to copy"  # in the ledger
 FAILED = {
     "backup": "the scheduled backup failed",
-    "export": "copying the scheduled backup failed",
+    "export": "copying the scheduled backup to [backup] target failed",
     "prune": "pruning old backups failed",
 }
 SECONDS_AN_HOUR = 3600
@@ -39,9 +40,9 @@ class Scheduled:
     _errands: list[tuple[str, str]] = field(default_factory=list)  # command and backup; the first is under way
     _process: subprocess.Popen[bytes] | None = None
     _began: float = 0.0
+    _holds: bool = False  # the model
     _of: dict[str, Any] = field(default_factory=dict)  # what is being backed up
-    _uncopied: list[str] = field(default_factory=list)  # backups that are still to be copied to the target
-    _not_before: float = 0.0
+    _not_before: dict[str, float] = field(default_factory=dict)  # by command: when to try it again
 
     @property
     def busy(self) -> bool:
@@ -51,13 +52,16 @@ class Scheduled:
         """Hear of the errand under way; begin the next, or another backup when one is due."""
         if self._process is not None:
             self._hear(self._process, now)
-        if self._process is None and between_files and now >= self._not_before:
-            if newest is not None and self.is_due(newest):
+        if self._process is None and between_files:
+            if newest is not None and self._may("backup", now) and self.is_due(newest):
                 self._of = _described(newest)
                 self._errands = [("backup", "")]
-            elif self._uncopied:
+            elif self._may("export", now):
                 self._errands = self._copies()
             self._begin(now)
+
+    def _may(self, command: str, now: float) -> bool:
+        return now >= self._not_before.get(command, 0.0)
 
     def is_due(self, newest: Checkpoint) -> bool:
         """Whether so many files were trained since the last scheduled backup, or it is so old, as is set."""
@@ -89,12 +93,22 @@ class Scheduled:
         try:
             # Files, not pipes: a full one would hold up the child. A session of its own: Ctrl-C is for the daemon.
             with self._said.open("wb") as said, self._complained.open("wb") as complained:
+                self._hold_model(command == "backup")
                 self._process = subprocess.Popen(
                     whole, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, start_new_session=True
                 )
             self._began = now
         except OSError as error:
+            self._hold_model(False)
             self._failed(str(error), now)
+
+    def _hold_model(self, hold: bool) -> None:
+        """A restore that waited for the file's end waits for its backup, too: else it would be of what was restored."""
+        if hold and not self._holds:
+            self.context.hold_model()
+        elif self._holds and not hold:
+            self.context.let_go_model()
+        self._holds = hold
 
     @property
     def _said(self) -> Path:
@@ -110,6 +124,7 @@ class Scheduled:
                 process.kill()
             return
         self._process = None
+        self._hold_model(False)
         try:
             said = self._said.read_text(encoding="utf-8", errors="replace")
             answer = json.loads(said[said.find("{") :]) if not process.returncode else None
@@ -131,7 +146,7 @@ class Scheduled:
         if command == "backup":
             self._made(answer)
         elif command == "export":
-            self._uncopied.remove(backup)
+            self._note_uncopied([other for other in self._uncopied if other != backup])
             self.context.say("backup copied", f"backup {backup} is in {answer['target']}, verified")
         self._begin(now)
 
@@ -144,20 +159,37 @@ class Scheduled:
             f" {answer['new_bytes'] / 1e6:.1f} MB newly stored in {answer['seconds']:.1f} s",
             backup=backup,
         )
-        self._uncopied += [backup] if settings.target != NO_TARGET else []
+        if settings.target != NO_TARGET:
+            self._note_uncopied([*self._uncopied, backup])
         self._errands = [*self._copies(), ("prune", "")]
 
     def _copies(self) -> list[tuple[str, str]]:
         """What is still to be copied, and has not been pruned meanwhile."""
-        folder = self.context.settings.backup.folder(self.context.home.root) / "backups"
-        self._uncopied = [backup for backup in self._uncopied if (folder / backup).exists()]
-        return [("export", backup) for backup in self._uncopied]
+        settings = self.context.settings.backup
+        uncopied = self._uncopied
+        if not uncopied:
+            return []
+        folder = settings.folder(self.context.home.root) / "backups"
+        there = [backup for backup in uncopied if settings.target != NO_TARGET and (folder / backup).exists()]
+        if there != uncopied:
+            self._note_uncopied(there)
+            self.context.solved("scheduled export")
+        return [("export", backup) for backup in there]
+
+    @property
+    def _uncopied(self) -> list[str]:
+        """Backups that are still to be copied to the target; over restarts, too."""
+        found: list[str] = json.loads(self.context.ledger.fact(UNCOPIED) or "[]")
+        return found
+
+    def _note_uncopied(self, backups: list[str]) -> None:
+        self.context.ledger.set_fact(UNCOPIED, json.dumps(backups))
 
     def _failed(self, why: str, now: float) -> None:
         """A visible problem until it succeeds; what does not depend on it is done all the same."""
         command, _ = self._errands.pop(0)
         self.context.problem(f"scheduled {command}", f"{FAILED[command]}: {why}")
-        self._not_before = now + self.context.settings.worker.retry_s
+        self._not_before[command] = now + self.context.settings.worker.retry_s
         self._errands = [errand for errand in self._errands if errand[0] != command]
         self._begin(now)
 
@@ -171,6 +203,7 @@ class Scheduled:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+            self._hold_model(False)
 
 
 def _described(newest: Checkpoint) -> dict[str, Any]:

@@ -215,11 +215,12 @@ def _allow_many_files() -> None:
 # -- is it a whole model?
 
 
-def faults(snapshot: Snapshot, digests: dict[str, str]) -> list[str]:
+def faults(snapshot: Snapshot, digests: dict[str, str] | None) -> list[str]:
     """What of the source is incomplete or damaged, in words; nothing for a whole model.
 
-    `digests` are SHA-256 by path. A checkpoint of Longrun is held against its manifest, byte for byte; of other
-    folders the shape is looked at: weights are there, none is cut off, and every shard is present.
+    `digests` are SHA-256 by path, or None before anything was read: what can be seen then is told early. A checkpoint
+    of Longrun is held against its manifest, byte for byte; of other folders the shape is looked at: weights are there,
+    none is cut off, and every shard is present.
     """
     folders = sorted({path.rpartition("/")[0] for path in snapshot.files})
     found = [fault for folder in folders for fault in _faults_in(snapshot, folder, digests)]
@@ -230,7 +231,7 @@ def faults(snapshot: Snapshot, digests: dict[str, str]) -> list[str]:
     return found
 
 
-def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str]) -> list[str]:
+def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str] | None) -> list[str]:
     """Whether the files of a Longrun model are those of its newest checkpoint, each byte of them."""
     newest = snapshot.newest_checkpoint()
     if newest is None:
@@ -241,14 +242,14 @@ def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str]) -> list[s
     listed = snapshot.files.get(f"{newest}/{checkpoint.MANIFEST}")
     names = _listed(listed) if listed else {}
     found += [
-        f"{name} is {'not that of' if name in digests else 'missing, unlike in'} {newest}"
+        f"{name} is {'not that of' if name in snapshot.files else 'missing, unlike in'} {newest}"
         for name in (checkpoint.published_names(names) if names else [])
-        if digests.get(name) != names.get(name)
+        if (digests.get(name) != names.get(name) if digests else name not in snapshot.files)
     ]
     return found
 
 
-def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str]) -> Iterator[str]:
+def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str] | None) -> Iterator[str]:
     prefix = f"{folder}/" if folder else ""
     here = {path.removeprefix(prefix): path for path in snapshot.files if path.rpartition("/")[0] == folder}
     where = f"{folder}: " if folder else ""
@@ -274,7 +275,7 @@ def _listed(manifest: Pinned) -> dict[str, str]:
         return {}
 
 
-def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str, str]) -> Iterator[str]:
+def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str, str] | None) -> Iterator[str]:
     listed = _listed(manifest)
     if not listed:
         yield f"{checkpoint.MANIFEST} cannot be read"
@@ -282,7 +283,7 @@ def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str,
     for name in sorted(listed.keys() ^ (here.keys() - {checkpoint.MANIFEST})):
         yield f"{name} is {'missing' if name in listed else 'not in its manifest'}"
     for name in sorted(listed.keys() & here.keys()):
-        if digests.get(here[name]) != listed[name]:
+        if digests and digests.get(here[name]) != listed[name]:
             yield f"{name} does not have the SHA-256 of its manifest"
 
 
@@ -291,6 +292,11 @@ def _step_of(snapshot: Snapshot, here: dict[str, str]) -> Any:
         return snapshot.files[here[checkpoint.TRAINER_STATE]].json()["global_step"]
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
+
+
+def looks_like_model(name: str) -> bool:
+    """Whether a file or folder of this name stands in a model and hardly anywhere else."""
+    return name in ("config.json", checkpoint.LINEAGE) or bool(_WEIGHTS.fullmatch(name) or _CHECKPOINT.fullmatch(name))
 
 
 def _fault_of(name: str, file: Pinned, here: dict[str, str]) -> str | None:

@@ -38,6 +38,7 @@ LATEST = "latest"
 FORMAT = b'{"format": "longrun backup store", "version": 1, "hash": "sha256"}\n'
 THREADS = max(2, min(4, os.cpu_count() or 2))
 WAIT_S = 20.0  # for a prune or for the backups that a prune waits for
+PRUNE = "`prune --execute` frees what retention does not keep, `prune ID --execute` a backup that you name"
 ROOM_BYTES = 16 << 20  # kept free beyond what is to be written
 YOUNG_S = 86_400.0  # content that no backup names (yet) is left alone for a day
 
@@ -103,16 +104,20 @@ class Catalogue:
         """A backup by its id, the beginning of it, or "latest", the newest that is complete."""
         if name == LATEST:
             return self._latest()
-        matching = [backup for backup in self.ids() if backup.startswith(name)]
+        matching = [backup for backup in self.ids() if name and backup.startswith(name)]
         if len(matching) == 1:
             return self.read(matching[0])
         why = f"{len(matching)} backups begin so" if matching else "there is no such backup"
         raise BadBackup(f"cannot find {name!r} in {self.place}: {why}", hint="`list` shows their ids")
 
-    def _latest(self) -> Manifest:
+    def latest_model(self) -> Manifest:
+        """As "latest", but of the models of Longrun alone when there is one: what a home goes on from."""
+        return self._latest(ours=any(backup.complete and backup.lineage for backup in self.all()))
+
+    def _latest(self, *, ours: bool = False) -> Manifest:
         """The newest complete backup; an older one never stands in silently for one that cannot be read."""
         readable = self.all()
-        whole = [backup for backup in readable if backup.complete]
+        whole = [backup for backup in readable if backup.complete and (backup.lineage or not ours)]
         if not whole:
             raise BadBackup(f"there is no complete backup in {self.place}", hint="`list` shows what there is")
         unreadable = set(self.ids()) - {backup.id for backup in readable}
@@ -466,14 +471,14 @@ def in_parallel(
     return [results[number] for number in range(len(results))]
 
 
-def check_room(folder: Path, need_bytes: int, what: str) -> None:
+def check_room(folder: Path, need_bytes: int, what: str, *, hint: str = "make room there") -> None:
     """BadBackup when so many bytes, and a little, would not fit where `folder` is."""
     need = need_bytes + need_bytes // 50 + ROOM_BYTES
     free = disk.free_bytes(folder)
     if need > free:
         raise BadBackup(
             f"cannot {what}: {need / 1e6:.0f} MB are needed in {folder}, {free / 1e6:.0f} MB are free",
-            hint="`prune --execute` frees what retention does not keep, `prune ID --execute` a backup that you name",
+            hint=hint,
         )
 
 

@@ -27,6 +27,7 @@ from longrun.manifest import ANY, MAX_BYTES, Manifest, StoredFile, is_id, parse
 from longrun.store import (
     FORMAT,
     MANIFEST,
+    PRUNE,
     RESTORE_TXT,
     SUMS,
     Catalogue,
@@ -57,11 +58,13 @@ ARCHIVES = (".tar.zst", ".tar")
 def export_folder(store: Store, manifest: Manifest, target: Path, on_bytes: Meter = silent) -> None:
     """The backup as a folder that appears whole; BadBackup when there is something at `target`."""
     with telling(f"export {manifest.id} to {target}"), store.using("export"):
+        if store.root.resolve() in target.resolve().parents:
+            raise BadBackup(f"cannot export to {target}: that is inside the store", hint="name another folder")
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise BadBackup(f"cannot export to {target}: it exists", hint="name a new folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging(target) as staged:
-            check_room(staged, manifest.size_bytes, f"export {manifest.id}")
+            check_room(target.parent, manifest.size_bytes, f"export {manifest.id}")
             (staged / MODEL).mkdir()
             stage(store, manifest, staged / MODEL, on_bytes)
             disk.write_file(staged / SUMS, manifest.to_sums())
@@ -139,6 +142,8 @@ def import_folder(store: Store, folder: Path, on_bytes: Meter = silent) -> Manif
     """Take in an exported folder."""
     with telling(f"import {folder}"):
         paper = folder / PAPER
+        if not folder.is_dir():
+            raise BadBackup(f"cannot import {folder}: there is no such folder", hint="check the path")
         if not paper.is_file():
             raise BadBackup(f"cannot import {folder}: there is no {PAPER} in it", hint="name an exported folder")
         with paper.open("rb") as opened:
@@ -276,7 +281,7 @@ class _Arrival:
 def _arriving(store: Store, manifest: Manifest) -> Iterator[_Arrival]:
     Store.make(store.root)
     new = sum(size for digest, size in manifest.digests.items() if not store.object(digest).exists())
-    check_room(store.root, new, f"import {manifest.id}")
+    check_room(store.root, new, f"import {manifest.id}", hint=PRUNE)
     with store.adding(f"import-{os.urandom(4).hex()}") as additions:
         arrival = _Arrival(store, manifest, additions)
         yield arrival

@@ -540,3 +540,32 @@ def test_a_shell_alone_restores_by_what_the_store_itself_says(store: Store, home
     assert done.stdout.count(": OK\n") == len(made.files)
     assert content_of(tmp_path / "restored") == content_of(home.model)
     assert RESTORE_TXT.count("python3 backup_manager.py --store") == 2
+
+
+# -- where a backup may be put
+
+
+@pytest.mark.parametrize("name", ["state", "inbox", "notes"])
+def test_a_folder_of_something_else_is_not_replaced(store: Store, model: Path, name: str) -> None:
+    manifest = back_up(store, model, BackupType.MANUAL).manifest
+    target = model.parent / name
+    target.mkdir(exist_ok=True)
+    (target / "ledger.sqlite3").write_bytes(b"1")
+    with pytest.raises(BadBackup, match="it holds something else than a model; name a new or empty folder"):
+        restore(store, manifest, target)
+    assert [path.name for path in target.iterdir()] == ["ledger.sqlite3"]
+
+
+def test_nothing_is_restored_into_a_model(store: Store, model: Path) -> None:
+    manifest = back_up(store, model, BackupType.MANUAL).manifest
+    (model / "lineage.json").write_bytes(b"{}")
+    with pytest.raises(BadBackup, match="it is inside the model"):
+        restore(store, manifest, model / "sub")
+    assert not (model / "sub").exists()
+
+
+def test_what_can_be_seen_to_be_incomplete_is_not_copied_first(store: Store, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(BadBackup, match="it is cut off"):
+        back_up(store, model, BackupType.MANUAL)
+    assert not list(store.objects.glob("*/*"))

@@ -211,6 +211,7 @@ def test_missing_files_are_listed_with_rows_steps_and_place(
         r"    1  evil\n.jsonl       16            1-2  2026-01-02 03:04:05  trained/evil\n.jsonl",
         f"    2  b.jsonl            16            3-4  2026-01-02 03:04:05  {gone}",
         "`daemon.py retry --missing` trains them again, in this order",
+        "`backup_manager.py list` shows what can be restored",
     ]
     assert commands.show_missing(model_lost, as_json=True) == 0
     first, second = json.loads(capsys.readouterr().out)
@@ -236,7 +237,7 @@ def test_a_file_in_the_middle_of_which_the_model_is_says_how_far(
 
 def test_nothing_missing_is_said_and_asks_for_nothing(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert [commands.show_missing(home, as_json=False), commands.retry_missing(home)] == [0, 0]
-    assert capsys.readouterr().out == "nothing is missing: the model has every file trained here\n" * 2
+    assert capsys.readouterr().out == f"{commands.NOTHING_MISSING}\n" * 2
     assert requests.pending(home, requests.RETRY) is None
 
 

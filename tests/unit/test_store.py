@@ -446,7 +446,7 @@ def test_ctrl_c_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_room_is_needed_for_what_is_written_and_a_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda _: stores.ROOM_BYTES + 1_020_000)
     check_room(tmp_path, 1_000_000, "back up")
-    with pytest.raises(BadBackup, match=r"cannot back up: 18 MB are needed in .*, 18 MB are free; `prune --execute`"):
+    with pytest.raises(BadBackup, match=r"cannot back up: 18 MB are needed in .*, 18 MB are free; make room there"):
         check_room(tmp_path, 1_000_001, "back up")
 
 

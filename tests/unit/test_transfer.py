@@ -242,7 +242,7 @@ def test_a_folder_without_its_paper_is_told(exported: Path, other: Store) -> Non
     disk.remove_file(exported / "backup.json")
     with pytest.raises(BadBackup, match=r"there is no backup.json in it; name an exported folder"):
         transfer.import_folder(other, exported)
-    with pytest.raises(BadBackup, match=r"there is no backup.json"):
+    with pytest.raises(BadBackup, match=r"there is no such folder"):
         transfer.import_folder(other, exported / "absent")
 
 
