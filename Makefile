@@ -16,6 +16,7 @@ test: check  ## the same, and all tests with the real daemon and the real tiny m
 
 drills: .venv/drills.stamp  ## try to break the promises of backups, in full: tests/drills/README.md
 	LONGRUN_DRILLS=full $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 tests/drills
+	$(BIN)/python -m tests.drills.planted
 
 check: .venv/dev.stamp  ## lint, types, floors, and the unit tests with their coverage
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import pytest
 
+from tests.drills.daemons import Watched
 from tests.lab import Lab, numbered
 
 STEP = "transformers.trainer:Trainer.training_step"
@@ -115,6 +116,17 @@ def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab):
     assert "no progress for 3 s; given up after 2 attempts" in reason(lab, "hanging")["why"]
     assert lab.times_trained("next", ROWS) == {1: ROWS}
     assert [file["name"] for file in lab.lineage["files"]] == ["next.jsonl"]
+
+
+def test_each_worker_that_a_file_kills_counts_until_the_file_is_given_up(tmp_path):
+    kill = {"at": "longrun.wire:Channel.send", "role": "worker", "about": "Progress(job=1,", "do": "kill"}
+    with closing(Watched(tmp_path / "home", **{"worker.max_attempts": 3})) as lab:
+        lab.drop_rows("deadly", ROWS)
+        lab.drop_rows("next", ROWS)
+        assert lab.drain(faults=[{**kill, "once": f"kill-{number}"} for number in range(5)]) == 1
+        assert reason(lab, "deadly")["why"].endswith("given up after 3 attempts")
+        assert len(retries(lab, "deadly")) == 2
+        assert lab.names("trained") == {"next.jsonl"}
 
 
 def flip_a_bit(folder):

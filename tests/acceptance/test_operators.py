@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from longrun import disk
+from longrun.home import Home
+from tests.drills.daemons import Watched
 from tests.lab import LIMIT_S, REPOSITORY, Lab
 
 STEP = "transformers.trainer:Trainer.training_step"
@@ -142,6 +145,30 @@ def test_a_second_program_on_the_same_home_is_refused_naming_the_first(lab, tmp_
         assert answer.returncode == 75
         assert f"pid {daemon.pid}" in answer.stderr
     assert lab.global_step == before
+
+
+def test_the_worker_holds_the_lock_of_the_model_that_it_trains(lab):
+    lab.ensure_running()
+    lab.drop("slow-held.jsonl", 40)
+    lab.wait_for_steps("slow-held.jsonl", 1)
+    held = disk.holder(lab.home / "state" / "model.lock")
+    assert held is not None
+    assert held["pid"] == lab.note["worker_pid"]
+    lab.wait_trained("slow-held.jsonl")
+
+
+def test_a_daemon_waits_until_the_worker_of_the_one_before_is_gone(tmp_path):
+    with closing(Watched(tmp_path / "home")) as lab:
+        home = Home(lab.home)
+        home.make()
+        lab.drop_rows("a", 8)
+        with disk.Lock.take(home.model_lock, what="former worker"):
+            daemon = lab.start("--drain")
+            lab.wait_until(lambda: disk.holder(home.daemon_lock))
+            time.sleep(1)
+            assert (lab.log, daemon.poll()) == ("", None)
+        assert daemon.wait(LIMIT_S) == 0
+        lab.check()
 
 
 def test_skip_ends_the_running_file_only_and_retry_trains_it_from_its_first_row(lab):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 
+from tests.drills.daemons import Watched
 from tests.lab import LIMIT_S, REPOSITORY, numbered
 
 
@@ -16,6 +18,17 @@ def test_a_file_whose_last_commit_was_never_told_is_trained_and_not_given_up(mak
     assert lab.names("trained") == {"a.jsonl"}
     assert lab.times_trained("a", 10) == {1: 10}
     assert lab.global_step == 3
+
+
+def test_a_file_whose_last_step_was_told_and_not_committed_is_gone_on_with(tmp_path):
+    last = {"at": "longrun.checkpoint:seal", "role": "worker", "about": "outcome='trained'"}
+    # Slow first: the daemon has heard of the step when both die before its checkpoint.
+    faults = [{**last, "do": "kill both", "once": "last"}, *[{**last, "do": "slow", "nth": 0}] * 5]
+    with closing(Watched(tmp_path / "home")) as lab:
+        lab.drop_rows("a", 20)
+        assert lab.drain(faults=faults) < 0
+        assert lab.drain() == 0
+        lab.check()
 
 
 def test_a_begun_file_keeps_the_rows_it_was_examined_with_when_bad_rows_become_forbidden(make_lab):

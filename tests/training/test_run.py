@@ -23,7 +23,7 @@ def make_workshop(tmp_path, dropout_model):
     made = []
 
     def make(name="home", **options):
-        made.append(Workshop(tmp_path / name, base_model=str(dropout_model), **options))
+        made.append(Workshop(tmp_path / name, **{"base_model": str(dropout_model), **options}))
         return made[-1]
 
     yield make
@@ -78,6 +78,42 @@ def test_a_warm_worker_trains_the_same_bits_as_a_fresh_one_for_every_file(make_w
     started = [message.warm for message in warm.said if isinstance(message, wire.Started)]
     assert started == [False, True, True, True, True]
     assert warm.state() == cold.state()
+
+
+def test_each_step_has_randomness_of_its_own(workshop, monkeypatch):
+    from transformers import Trainer
+
+    original, seeds = Trainer.training_step, {}
+
+    def watched(trainer, *arguments):
+        seeds[trainer.state.global_step] = torch.initial_seed()
+        return original(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    workshop.train_file("a", 37)
+    assert sorted(seeds) == [0, 1, 2, 3]
+    assert len(set(seeds.values())) == 4
+
+
+def first_moments(workshop):
+    """Of a model that was trained for one step: a tenth of its gradient."""
+    saved = torch.load(workshop.newest.path / "optimizer.pt", weights_only=True)["state"]
+    return torch.cat([entry["exp_avg"].flatten() for entry in saved.values()])
+
+
+def test_each_token_counts_the_same_however_a_step_is_parted(make_workshop):
+    moments = []
+    for per_device in (12, 4):
+        moments.append(make_workshop(f"by {per_device}", base_model="tiny", per_device=per_device))
+        moments[-1].train_file("a", 12)  # one step of rows that differ in length
+    whole, parted = map(first_moments, moments)
+    assert float((whole - parted).norm()) < 1e-4 * float(whole.norm())
+
+
+def test_gradients_are_clipped_as_the_recipe_says(workshop):
+    workshop.with_recipe(max_grad_norm=1e-3)
+    workshop.train_file("a", 5)
+    assert float(first_moments(workshop).norm()) == pytest.approx(1e-4, rel=1e-3)
 
 
 def test_steps_train_exactly_the_slices_of_the_order(workshop):

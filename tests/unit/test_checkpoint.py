@@ -431,6 +431,27 @@ def test_a_removal_right_before_the_rename_is_noticed(home: Home, monkeypatch: p
     assert not home.model.exists()
 
 
+def test_a_model_restored_at_the_last_moment_is_not_mixed_with_the_one_before(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_checkpoint(home, 5)
+    shutil.copytree(home.model, home.root / "restored")
+    real = os.rename
+
+    def met(source: Path, target: Path | str, **options: Any) -> None:
+        if Path(target).name == "checkpoint-6":
+            shutil.rmtree(home.model)
+            real(home.root / "restored", home.model)
+        real(source, target, **options)
+
+    with open_model(home) as model:
+        staged = stage(home, 6)
+        monkeypatch.setattr(os, "rename", met)
+        with pytest.raises(ModelRemoved):
+            model.commit(staged, lineage_at(6), keep=2)
+    assert checkpoint.steps(home.model) == [5]
+
+
 def test_a_removal_that_meets_the_rename_leaves_no_old_model(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     add_checkpoint(home, 5)
     with open_model(home) as model:
