@@ -434,8 +434,9 @@ class Daemon:
         try:
             yield
         finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+            if not self._signals:  # asked to leave, it ends with its own exit code, however often it is asked
+                for number, handler in former.items():
+                    signal.signal(number, handler)
 
 
 def _means_full(error: Exception) -> bool:
