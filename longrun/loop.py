@@ -396,7 +396,7 @@ class Daemon:
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
         busy = self._runs.current is not None or self._taking_back or self._scheduled.busy
-        return arrived and not busy and not self._context.waiting(limit=1)
+        return arrived and not busy and not self._untidy and not self._context.waiting(limit=1)
 
     @property
     def _takes_back(self) -> bool:
