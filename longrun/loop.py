@@ -434,9 +434,10 @@ class Daemon:
         try:
             yield
         finally:
-            if not self._signals:  # asked to leave, it ends with its own exit code, however often it is asked
-                for number, handler in former.items():
-                    signal.signal(number, handler)
+            # Asked to leave, it ends with its own exit code, however often it is asked: a handler would not see to
+            # that, because Python takes those away before it ends.
+            for number, handler in former.items():
+                signal.signal(number, signal.SIG_IGN if self._signals else handler)
 
 
 def _means_full(error: Exception) -> bool:

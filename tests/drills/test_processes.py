@@ -71,6 +71,10 @@ def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campai
                         daemon.send_signal(number)
                     time.sleep(dice.uniform(0.0, 0.05))
                     campaign.note("signals")
+                insists = dice.random() < 0.3  # until the process is gone
+                while insists and daemon.poll() is None:
+                    daemon.send_signal(signal.SIGTERM)
+                    time.sleep(0.001)
                 assert daemon.wait(LIMIT_S) == 0
             assert lab.drain() == 0
             lab.check()
