@@ -96,7 +96,7 @@ DEATHS = [
     {"at": "watchdog.observers.api:BaseObserver.dispatch_events", "role": "daemon", "do": "EIO", "nth": nth}
     for nth in (2, 3, 5)
 ]
-NO_INSTANCE = [{"at": "watchdog.observers.inotify_c:Inotify.__init__", "role": "daemon", "do": "EMFILE", "nth": 0}]
+NO_INSTANCE = [{"at": "watchdog.observers.api:BaseObserver.start", "role": "daemon", "do": "EMFILE", "nth": 0}]
 TROUBLES = {
     "the inbox is removed": (removed, []),
     "the inbox is renamed and made again": (replaced, []),
