@@ -14,7 +14,7 @@ run: .venv/run.stamp  ## watch inbox/ of this folder
 test: check  ## the same, and all tests with the real daemon and the real tiny model
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/training tests/acceptance tests/drills
 
-drills: .venv/drills.stamp  ## try to break the promises of backups, in full: tests/drills/README.md
+drills: .venv/drills.stamp  ## try to break the promises, in full: tests/drills/README.md
 	LONGRUN_DRILLS=full $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 tests/drills
 	$(BIN)/python -m tests.drills.planted
 

@@ -7,6 +7,7 @@ called again for it at the next start and finds what is left to do.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -71,7 +72,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _reason_path(target: Path) -> Path:
-    name = os.fsencode(target.name)[: NAME_MAX_BYTES - len(REASON)]
+    name, room = os.fsencode(target.name), NAME_MAX_BYTES - len(REASON)
+    if len(name) > room:  # cut, it could be that of another long name
+        mark = b"." + hashlib.sha256(name).hexdigest()[:8].encode()
+        name = name[: room - len(mark)] + mark
     return target.with_name(os.fsdecode(name) + REASON)
 
 

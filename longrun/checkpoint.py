@@ -87,7 +87,7 @@ class Verifier:
 
     def __init__(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         self._on_bytes = on_bytes
-        self._known: dict[Path, tuple[int, ...]] = {}
+        self._known: dict[Path, tuple[str, tuple[int, ...]]] = {}  # the SHA-256 of each file, and when it had it
 
     def verify(self, folder: Path) -> Checkpoint:
         """The checkpoint in `folder`, or Damaged saying what is wrong with it."""
@@ -98,13 +98,17 @@ class Verifier:
             raise Damaged(f"files differ from the manifest: {', '.join(sorted(present ^ set(listed)))}")
         for name, facts in listed.items():
             self._verify_file(folder / name, facts["size"], facts["sha256"])
-        return _checkpoint(folder)
+        found = _checkpoint(folder)
+        # What says how every other file must be has nothing to be held against but itself.
+        if (folder / MANIFEST).read_bytes() != _manifest(found.global_step, listed).encode():
+            raise Damaged(f"{MANIFEST} is not as it was written")
+        return found
 
     def trust(self, folder: Path) -> Checkpoint:
         """The checkpoint our own worker has just hashed and committed; its bytes are taken as read."""
-        self._known = {path: signature for path, signature in self._known.items() if path.parent.exists()}
-        for name in _read_manifest(folder)["files"]:
-            self._known[folder / name] = _signature(folder / name)
+        self._known = {path: known for path, known in self._known.items() if path.parent.exists()}
+        for name, facts in _read_manifest(folder)["files"].items():
+            self._known[folder / name] = (facts["sha256"], _signature(folder / name))
         return _checkpoint(folder)
 
     def _verify_file(self, path: Path, size: int, sha256: str) -> None:
@@ -113,11 +117,11 @@ class Verifier:
         signature = _signature(path)
         if signature[0] != size:
             raise Damaged(f"{path.name} has {signature[0]} bytes, the manifest says {size}")
-        if self._known.get(path) == signature:
+        if self._known.get(path) == (sha256, signature):
             return
         if disk.hash_file(path, self._on_bytes) != sha256:
             raise Damaged(f"{path.name} does not have the SHA-256 of the manifest")
-        self._known[path] = signature
+        self._known[path] = (sha256, signature)
 
 
 def _signature(path: Path) -> tuple[int, ...]:
@@ -128,6 +132,8 @@ def _signature(path: Path) -> tuple[int, ...]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
+        if (folder / MANIFEST).is_symlink():
+            raise Damaged(f"{MANIFEST} is not a file")
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
         files = manifest["files"]
         if any("/" in name or name in (".", "..") for name in files):
@@ -364,9 +370,13 @@ def seal(folder: Path, lineage: Lineage, on_bytes: Callable[[int], None] = lambd
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
-    manifest = {"version": MANIFEST_VERSION, "global_step": lineage.global_step, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(_manifest(lineage.global_step, files), encoding="utf-8")
     disk.sync_tree(folder)
+
+
+def _manifest(global_step: int, files: dict[str, Any]) -> str:
+    manifest = {"version": MANIFEST_VERSION, "global_step": global_step, "files": files}
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def publish(home: Home, checkpoint: Path) -> None:

@@ -34,6 +34,7 @@ class Journal:
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
         self._logger.handlers = _handlers(home, settings)
+        logging.getLogger("watchdog").addHandler(logging.NullHandler())  # else Python writes its lines among ours
         self._bar = _Bar() if sys.stderr.isatty() and settings.format == "text" else None
         self._next_progress = 0.0
 

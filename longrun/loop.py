@@ -409,7 +409,7 @@ class Daemon:
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
         busy = self._runs.current is not None or self._taking_back or self._scheduled.busy
-        return arrived and not busy and not self._context.waiting(limit=1)
+        return arrived and not busy and not self._untidy and not self._context.waiting(limit=1)
 
     @property
     def _takes_back(self) -> bool:
@@ -447,8 +447,10 @@ class Daemon:
         try:
             yield
         finally:
+            # Asked to leave, it ends with its own exit code, however often it is asked: a handler would not see to
+            # that, because Python takes those away before it ends.
             for number, handler in former.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._signals else handler)
 
 
 def _means_full(error: Exception) -> bool:

@@ -38,7 +38,8 @@ class Watched(Lab):
 
     def __init__(self, home: Path, **settings: Any) -> None:
         super().__init__(home, **SETTINGS | settings)
-        self.dropped: list[int] = []  # rows of each file that was dropped
+        self.dropped: list[int] = []  # rows of each file that was dropped and is to be trained
+        self.refused = 0  # how many others were dropped, which are to be rejected
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         return super().environment(faults, LONGRUN_CHILDREN=scripted.__file__, **extra)
@@ -71,7 +72,7 @@ class Watched(Lab):
 
     def strike(self, who: str, daemon: Any) -> None:
         """Kill the daemon, its worker, or both, at once; the worker's end is the daemon's to notice."""
-        worker = _worker_of(daemon.pid)
+        worker = worker_of(daemon.pid)
         if who in ("worker", "both") and worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
@@ -80,30 +81,44 @@ class Watched(Lab):
 
     # -- holding to account
 
-    def check(self) -> None:
-        """Every file that was dropped is trained, in one place, and the model has seen each row exactly once."""
+    def check(self, *, in_order: bool = True) -> None:
+        """Every file that was dropped is trained, in one place, and the model has seen each row exactly once.
+
+        In order of arrival, unless some were taken back after later ones had trained.
+        """
         self.check_files()
-        self.check_model()
+        self.check_model(in_order=in_order)
         self.check_ledger()
 
     def check_files(self) -> None:
         assert self.names("inbox") == set(), self.names("inbox")
-        assert self.names("rejected") == set(), self.log
-        assert len(self.names("trained")) == len(self.dropped), (self.names("trained"), self.dropped)
+        assert len(self.names("rejected")) == 2 * self.refused, self.log  # each with its reason
+        assert len(self.names("trained")) == len(self.dropped), (self.names("trained"), self.dropped, self.log)
         assert not list((self.home / "state" / "jobs").iterdir())
 
-    def check_model(self) -> None:
+    def check_model(self, *, in_order: bool = True) -> None:
         home = Home(self.home)
         if not self.dropped:
             assert not self.model.exists()
             return
         newest = checkpoint.newest(home, checkpoint.Verifier(), lambda text: None)
         assert newest is not None
-        for name in ("lineage.json", "trainer_state.json", scripted.WEIGHTS):
+        published = {entry.name for entry in self.model.iterdir() if entry.is_file()}
+        assert published == {entry.name for entry in newest.path.iterdir()} - {"optimizer.pt", "manifest.json"}
+        for name in published:
             assert (self.model / name).read_bytes() == (newest.path / name).read_bytes(), f"{name} is not published"
         assert newest.lineage.in_progress is None
         assert sorted(record.rows for record in newest.lineage.files) == sorted(self.dropped)
-        assert [record.job for record in newest.lineage.files] == list(range(1, len(self.dropped) + 1))
+        jobs = [record.job for record in newest.lineage.files]
+        assert len(set(jobs)) == len(jobs)
+        assert max(jobs) <= len(self.dropped) + self.refused
+        assert jobs == sorted(jobs) or not in_order
+        self.check_rows(newest.lineage, scripted.weights_in(newest.path))
+
+    def check_published_rows(self) -> None:
+        """The model has seen each row of its files once, whichever files of this home those are."""
+        newest = checkpoint.newest(Home(self.home), checkpoint.Verifier(), lambda text: None)
+        assert newest is not None
         self.check_rows(newest.lineage, scripted.weights_in(newest.path))
 
     def check_rows(self, lineage: Lineage, seen: list[list[Any]]) -> None:
@@ -120,6 +135,15 @@ class Watched(Lab):
             at = record.target_step
         assert at == lineage.global_step
 
+    def check_no_step_is_lost(self) -> None:
+        """What was saved is never trained again; the model may have been rolled back by nobody."""
+        saved = 0
+        path = self.probe / "steps.txt"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            what, number = line.split()
+            assert int(number) > saved or what == "saved", f"step {number} is done again, {saved} was saved"
+            saved = int(number) if what == "saved" else saved
+
     @property
     def whole_log(self) -> str:
         return "".join(path.read_text() for path in sorted((self.home / "logs").glob("daemon.log*")))
@@ -127,11 +151,12 @@ class Watched(Lab):
     def check_ledger(self) -> None:
         with contextlib.closing(sqlite3.connect(self.home / "state" / "ledger.sqlite3")) as ledger:
             assert ledger.execute("pragma integrity_check").fetchone() == ("ok",)
-            states = ledger.execute("select state, count(*) from job group by state").fetchall()
-        assert states == ([("trained", len(self.dropped))] if self.dropped else [])
+            states = dict(ledger.execute("select state, count(*) from job group by state").fetchall())
+        expected = {"trained": len(self.dropped), "rejected": self.refused}
+        assert states == {state: count for state, count in expected.items() if count}
 
 
-def _worker_of(daemon: int) -> int | None:
+def worker_of(daemon: int) -> int | None:
     """The worker among the daemon's children, as the kernel knows them."""
     try:
         children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()

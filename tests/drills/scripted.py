@@ -10,6 +10,7 @@ so what a model has seen can be read from it, and held against what its lineage 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from longrun.plan import Plan  # noqa: E402
 NOW = "2026-01-01T00:00:00.000+00:00"
 WEIGHTS = "model.safetensors"
 STEP_S = float(os.environ.get("LONGRUN_STEP_S", "0.002"))
+OUTLIVES = "LONGRUN_OUTLIVES" in os.environ  # the worker notices nothing of its daemon's death until its run is over
 
 
 def order(plan: Plan) -> list[int]:
@@ -76,13 +78,21 @@ class Worker:
         time.sleep(STEP_S)
         progress = replace(progress, done_steps=progress.done_steps + 1, loss_sum=progress.loss_sum + 1, last_loss=1.0)
         step = progress.global_step
-        self.channel.send(
-            wire.Progress(job=plan.job, global_step=step, loss=1.0, learning_rate=1e-5, steps_per_s=1 / STEP_S)
-        )
+        _note("step", step)
+        self._say(wire.Progress(job=plan.job, global_step=step, loss=1.0, learning_rate=1e-5, steps_per_s=1 / STEP_S))
         return progress
 
     def _asked_to_stop(self) -> str:
-        return next((m.why for m in self.channel.receive(0) if isinstance(m, wire.Stop)), "")
+        try:
+            return next((m.why for m in self.channel.receive(0) if isinstance(m, wire.Stop)), "")
+        except wire.Closed:
+            if not OUTLIVES:
+                raise
+            return ""
+
+    def _say(self, message: wire.Message) -> None:
+        with contextlib.suppress(*[wire.Closed] if OUTLIVES else []):
+            self.channel.send(message)
 
     def _save(self, model: checkpoint.OpenModel, task: wire.Train, seen: list[list[Any]], lineage: Lineage) -> None:
         step = lineage.global_step
@@ -95,7 +105,14 @@ class Worker:
         (staged / "config.json").write_text("{}")
         (staged / checkpoint.TRAINER_STATE).write_text(json.dumps({"global_step": step}))
         model.commit(staged, lineage, keep=task.save_total_limit)
-        self.channel.send(wire.Saved(job=task.plan["job"], global_step=step, seconds=0.0, size_bytes=0))
+        _note("saved", step)
+        self._say(wire.Saved(job=task.plan["job"], global_step=step, seconds=0.0, size_bytes=0))
+
+
+def _note(what: str, step: int) -> None:
+    """For whoever asks which steps were really done."""
+    with (Path(os.environ["LONGRUN_PROBE"]) / "steps.txt").open("a") as file:
+        file.write(f"{what} {step}\n")
 
 
 def _lineage_at(before: Lineage, progress: InProgress) -> Lineage:
@@ -170,7 +187,8 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--options")
     args = parser.parse_args()
-    disk.die_with_parent()
+    if not OUTLIVES:
+        disk.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if args.worker:

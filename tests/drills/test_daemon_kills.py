@@ -57,6 +57,19 @@ def test_a_refused_call_is_told_and_costs_no_file_and_no_row(campaign, quick):
     campaign.run("4: refused at a call that changes the disk", cases, attempt, small=9)
 
 
+def test_a_drain_that_was_refused_between_claim_and_ledger_goes_on(quick):
+    lab = Watched(quick / "home")
+    try:
+        for name in ("a", "b"):
+            lab.drop_rows(name, 9)
+        refused = {"at": "longrun.ledger:Ledger.claim", "role": "daemon", "do": "ENOSPC", "nth": 2}
+        assert lab.drain(faults=[refused]) == 0
+        assert "paused: disk" in lab.log
+        lab.check()
+    finally:
+        lab.close()
+
+
 def cases_of_calls(folder):
     """Each call of each role, with a few to spare: a run that is cut may need more."""
     return [(role, number) for role in ROLES for number in range(1, calls_of(folder / role, role) + 5)]

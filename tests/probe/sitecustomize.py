@@ -8,6 +8,7 @@
     LONGRUN_CALL=JSON        {"role": "daemon", "nth": 5, "how": "SIGKILL", "trace": FILE}: what tests/drills/faults.py
                              does at the nth call that changes the disk, in the first process of this role only;
                              FILE lists the calls
+    LONGRUN_CLOCK_JUMPS=S    the time of day jumps by so many seconds, back or forth, whenever it is asked for
     LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
@@ -29,6 +30,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -138,6 +140,14 @@ def told(function):
     return free_bytes
 
 
+def jumping(clock, by_s: float):
+    @functools.wraps(clock)
+    def jumped():
+        return clock() + random.choice((-by_s, 0.0, by_s))
+
+    return jumped
+
+
 def wrap(module, target: str, wrapper) -> None:
     owner = module
     *path, name = target.split(".")
@@ -196,6 +206,8 @@ def main() -> None:
         from tests.drills.faults import Faults
 
         Faults(call["nth"], call["how"], Trace(call["trace"])).install()
+    if "LONGRUN_CLOCK_JUMPS" in os.environ:
+        time.time = jumping(time.time, float(os.environ["LONGRUN_CLOCK_JUMPS"]))
     if "LONGRUN_CHILDREN" in os.environ:
         wrappers.setdefault("longrun.worker", []).append(("PROGRAM", lambda _: Path(os.environ["LONGRUN_CHILDREN"])))
     if "LONGRUN_FREE_BYTES" in os.environ:

@@ -107,6 +107,13 @@ def test_the_longest_names_are_put_away_with_reasons_of_their_own(home: Home, st
     assert sorted(json.loads(path.read_bytes())["job"] for path in home.rejected.glob("*.reason.json")) == [1, 2]
 
 
+def test_long_names_that_begin_alike_have_reasons_of_their_own(home: Home) -> None:
+    for number, length in ((1, 245), (2, 249)):
+        name = f"{'x' * length}.jsonl"
+        archive.put_away(home, claimed(home, job(number, JobState.REJECTED, name=name, reason=REASON)))
+    assert sorted(json.loads(path.read_bytes())["job"] for path in home.rejected.glob("*.reason.json")) == [1, 2]
+
+
 # -- back to the inbox
 
 

@@ -118,6 +118,32 @@ def test_a_manifest_without_a_part_is_damage(sealed: Path, missing: str) -> None
         Verifier().verify(sealed)
 
 
+def test_any_flipped_bit_of_a_manifest_is_damage(sealed: Path) -> None:
+    verifier, path = Verifier(), sealed / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(Damaged):
+            verifier.verify(sealed)
+
+
+@pytest.mark.parametrize("more", [b"\n", b" "])
+def test_a_manifest_with_more_behind_it_is_damage(sealed: Path, more: bytes) -> None:
+    path = sealed / "manifest.json"
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(Damaged, match=r"manifest.json is not as it was written"):
+        Verifier().verify(sealed)
+
+
+def test_a_manifest_that_is_a_link_is_damage(sealed: Path) -> None:
+    path = sealed / "manifest.json"
+    path.symlink_to(path.rename(sealed.with_name("elsewhere.json")))
+    with pytest.raises(Damaged, match=r"manifest.json is not a file"):
+        Verifier().verify(sealed)
+
+
 def test_a_folder_without_a_manifest_is_no_checkpoint(sealed: Path) -> None:
     (sealed / "manifest.json").unlink()
     with pytest.raises(Damaged, match=r"it has no manifest.json"):
