@@ -103,8 +103,11 @@ class Watched(Lab):
             assert (self.model / name).read_bytes() == (newest.path / name).read_bytes(), f"{name} is not published"
         assert newest.lineage.in_progress is None
         assert sorted(record.rows for record in newest.lineage.files) == sorted(self.dropped)
-        assert [record.job for record in newest.lineage.files] == list(range(1, len(self.dropped) + 1))
+        self.check_numbers([record.job for record in newest.lineage.files])
         self.check_rows(newest.lineage, scripted.weights_in(newest.path))
+
+    def check_numbers(self, jobs: list[int]) -> None:
+        assert jobs == list(range(1, len(self.dropped) + 1))
 
     def check_rows(self, lineage: Lineage, seen: list[list[Any]]) -> None:
         """What the weights say they were given, step by step, is what the lineage says and the log foretold."""
