@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection
 
 NOT_RECORDED = ("ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm", "worker.sock", "preparer.sock")
 FULL, HALF, ZEROS = "full", "half", "zeros"
@@ -218,8 +218,7 @@ def _write(data: bytearray, at: int, piece: bytes, how: str) -> None:
 # -- put on a disk
 
 
-def materialise(nodes: dict[int, Node], root: int, home: Path) -> dict[int, Path]:
-    """Make the home; where each inode is now (in one of its places)."""
+def materialise(nodes: dict[int, Node], root: int, home: Path) -> None:
     places: dict[int, Path] = {}
     _make(nodes, root, home, places)
     for inode, path in places.items():
@@ -228,7 +227,7 @@ def materialise(nodes: dict[int, Node], root: int, home: Path) -> dict[int, Path
             path.chmod(node.mode)
         if node.mtime_ns is not None and node.kind == "file":
             os.utime(path, ns=(node.mtime_ns, node.mtime_ns))
-    return places
+    _renew_notes(home, nodes, root)
 
 
 def _make(nodes: dict[int, Node], inode: int, path: Path, places: dict[int, Path]) -> None:
@@ -258,14 +257,14 @@ def put_ledger(recording: Recording, home: Path, number: int | None) -> None:
             shutil.copy(kept, home / "state" / f"ledger.sqlite3{ending}")
 
 
-def renew_notes(notes: Iterable[Path], places: dict[int, Path]) -> None:
-    """A file of the inbox is known by its inode and times, which a loss of power does not change, but this drill does."""
-    for note in notes:
+def _renew_notes(home: Path, nodes: dict[int, Node], root: int) -> None:
+    """A file of the inbox is known by inode and times, which a loss of power does not change, but this drill does."""
+    inbox = nodes[nodes[root].names["inbox"]].names
+    for note in home.glob("state/jobs/*/origin.json"):
         try:
             name, inode, *_ = json.loads(note.read_bytes())
         except (ValueError, OSError):
             continue
-        found = places.get(inode)
-        if found is not None and found.name == name and found.parent.name == "inbox":
-            now = found.lstat()
+        if inbox.get(name) == inode:
+            now = (home / "inbox" / name).lstat()
             note.write_text(json.dumps([name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]))

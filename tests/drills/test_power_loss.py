@@ -91,8 +91,7 @@ def cut_off(home, recording, cut, dice, *, before=None, ignored=()):
     """The home as the power's failure may leave it."""
     shutil.rmtree(home, ignore_errors=True)
     kept = power.lose_power(recording, cut, dice, ignored=ignored)
-    places = power.materialise(power.played(recording, kept), recording.root, home)
-    power.renew_notes(home.glob("state/jobs/*/origin.json"), places)
+    power.materialise(power.played(recording, kept), recording.root, home)
     power.put_ledger(recording, home, draw_ledger(recording.ledgers(cut), dice))
     return Survivor(home, recording.said(cut).after(before))
 
