@@ -173,7 +173,7 @@ class Recorder(Calls):
 
     def on_truncate(self, call: Any, path: Any, size: int) -> None:
         call()
-        self.say("size", (os.fstat(path) if isinstance(path, int) else os.stat(path)).st_ino, size)
+        self.say("size", inode_of(path), size)
 
     def on_ioctl(self, call: Any, number: int, request: int, source: Any = 0, *rest: Any) -> Any:
         """A disk in memory cannot clone: where it shall seem so, the bytes are copied."""
@@ -186,13 +186,17 @@ class Recorder(Calls):
 
     def on_chmod(self, call: Any, path: Any, mode: int, **options: Any) -> None:
         call()
-        self.say("mode", (os.fstat(path) if isinstance(path, int) else os.stat(path)).st_ino, mode)
+        self.say("mode", inode_of(path), mode)
 
     def on_fsync(self, call: Any, file: Any) -> None:
         call()
         self.say("sync", os.fstat(file if isinstance(file, int) else file.fileno()).st_ino, by_whom())
 
     on_fdatasync = on_fsync
+
+
+def inode_of(file: Any) -> int:
+    return (os.fstat(file) if isinstance(file, int) else Path(file).stat()).st_ino
 
 
 def place(path: Any, folder: int | None) -> tuple[int, str]:
