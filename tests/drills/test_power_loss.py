@@ -99,7 +99,7 @@ def moment_after(recording, site, dice):
     """Soon after this site synced, or any time later."""
     first = dice.choice(recording.moments(site))
     end = len(recording.entries)
-    return dice.choice((min(first + dice.randint(0, 20), end), dice.randint(first, end)))
+    return dice.choice((min(first + dice.randint(0, dice.choice((4, 20))), end), dice.randint(first, end)))
 
 
 def record(folder, *, clones):
