@@ -22,7 +22,7 @@ from tests.lab import REPOSITORY, Lab, numbered
 LIMIT_S = 60.0
 STATES = 10_000
 TWICE = 10  # of so many states one in which the power fails again while the daemon recovers
-TRIES = 400  # states in which a sync that is left out must have been noticed
+TRIES = 600  # states in which a sync that is left out must have been noticed
 # Syncs whose loss costs nothing, and why. Where two cover the same, leaving out both must be noticed.
 AGAIN = "the next start publishes again what differs from the checkpoint"
 DROPPED = "the drill syncs what it drops; of a file that was dropped without, this makes the bytes durable"
