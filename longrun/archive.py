@@ -36,7 +36,7 @@ def put_away(home: Home, job: Job) -> Path | None:
     target = None
     for claimed in claimed_files(home, job.number):
         folder = home.trained if job.state is JobState.TRAINED else home.rejected
-        folder.mkdir(exist_ok=True)  # a person may have removed it to make room
+        disk.make_folder(folder)  # a person may have removed it to make room
         target = free_name(folder, claimed.name)
         if job.state is JobState.REJECTED:
             disk.write_file(_reason_path(target), _reason_text(job).encode())
@@ -88,7 +88,7 @@ def take_back(home: Home, name: str) -> Path:
     """Put a rejected file (or a copy of a trained one) into the inbox again; FileNotFoundError if there is none."""
     name = Path(name).name  # `retry rejected/NAME` is what a shell completes
     refused = home.rejected / name
-    home.inbox.mkdir(exist_ok=True)
+    disk.make_folder(home.inbox)
     target = free_name(home.inbox, name)
     # Copied, never renamed: the inbox may be on another file system.
     disk.copy_file(refused if refused.is_file() else home.trained / name, target)

@@ -271,7 +271,7 @@ def put(home: Home, files: list[Path]) -> int:
         _check_is_file(file, "put")
         if not ACCEPTED.search(file.name):
             raise LongrunError(f"cannot put {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst")
-    home.inbox.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(home.inbox)
     for file in files:
         say(f"inbox/{printable(archive.put(home, file).name)}")
     return ExitCode.OK

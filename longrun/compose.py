@@ -32,6 +32,8 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     settings = config.load(home.settings, flags=flags)
     home.check()
     home.make()
+    for folder in (home.state, home.root):  # also what a start before this one made
+        disk.sync_folder(folder)
     with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
         if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
             raise LongrunError(

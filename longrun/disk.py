@@ -49,6 +49,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that is missing, and those it is in, durably: what is synced in it can be reached then."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_tree(folder: Path) -> None:
     """Make everything below `folder` durable, contents before names."""
     for entry in sorted(folder.iterdir()):

@@ -129,33 +129,38 @@ class Inbox:
     def claim(self, names: list[str], first_number: int) -> list[Job]:
         """Move settled files into job folders of their own, durably; what vanished meanwhile is passed over.
 
-        The folder is the record: a crash right after the rename leaves a job folder that `unrecorded` finds.
+        The folder is the record: a crash right after the rename leaves a job folder that `unrecorded` finds. It is
+        durable before anything is moved into it: a move that outlived it would take the file with it.
         """
         jobs: list[Job] = []
+        self._make_folders(range(first_number, first_number + min(len(names), CLAIM_AT_ONCE)))
         for name in names[:CLAIM_AT_ONCE]:
             number = first_number + len(jobs)
             if self._claim_one(name, number):
                 jobs.append(claimed_job(number, name))
                 self._seen.pop(name, None)
         if jobs:
-            disk.sync_trees([self._home.job(job.number) for job in jobs])
-            disk.sync_folder(self._home.jobs)
+            disk.sync_trees([self._home.claimed(job.number) for job in jobs])
             disk.sync_folder(self._home.inbox)
+        for number in range(first_number + len(jobs), first_number + min(len(names), CLAIM_AT_ONCE)):
+            disk.remove_folder(self._home.claimed(number))
+            disk.remove_folder(self._home.job(number))
         return jobs
+
+    def _make_folders(self, numbers: range) -> None:
+        for number in numbers:
+            self._home.claimed(number).mkdir(parents=True, exist_ok=True)
+        disk.sync_trees([self._home.job(number) for number in numbers])
+        disk.sync_folder(self._home.jobs)
 
     def _claim_one(self, name: str, number: int) -> bool:
         source, target = self._home.inbox / name, self._home.claimed(number) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            taken = self._take(source, target, number)
+            return self._take(source, target, number)
         except FileNotFoundError:  # it vanished meanwhile
-            taken = False
+            return False
         except PermissionError as error:
-            taken = self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
-        if not taken:
-            disk.remove_folder(target.parent)
-            disk.remove_folder(target.parent.parent)
-        return taken
+            return self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
 
     def _take(self, source: Path, target: Path, number: int) -> bool:
         """Whether the file is ours now: moved, or copied where a move would not give us bytes of our own."""
@@ -176,8 +181,6 @@ class Inbox:
         try:
             disk.write_file(note, _origin(source.name, signature))
             disk.copy_file(source, target)
-            disk.sync_tree(note.parent)
-            disk.sync_folder(self._home.jobs)
             if _signature(source.lstat()) == signature and not has_writer(source):
                 taken = disk.remove_file(source)
         finally:

@@ -107,6 +107,14 @@ class Ledger:
             self._db.execute(f"insert or replace into job ({_COLUMNS}) values ({_MARKS})", _to_row(noted))  # noqa: S608
         return noted
 
+    def learn(self, jobs: Iterable[Job]) -> None:
+        """Store these jobs as they are, whatever was known of them."""
+        with self._transaction():
+            self._db.executemany(
+                f"insert or replace into job ({_COLUMNS}) values ({_MARKS})",  # noqa: S608
+                [_to_row(job) for job in jobs],
+            )
+
     def set_fact(self, name: str, value: str) -> None:
         with self._transaction():
             self._db.execute("insert or replace into fact values (?, ?)", (name, value))

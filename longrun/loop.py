@@ -109,7 +109,13 @@ class Daemon:
         if newest is not None:
             where = f"global step {newest.global_step} ({newest.path.name}, verified)"
             context.say("resume", f"the model is at {where}", global_step=newest.global_step)
-            context.ledger.claim(missing.forgotten(newest.lineage, context.home_id, context.ledger.get))
+            context.ledger.learn(missing.forgotten(newest.lineage, context.home_id, self._is_booked))
+            self._tidy()  # their folders may be there still
+
+    def _is_booked(self, number: int) -> bool:
+        """Whether the ledger knows how the job ended, or still can: an older one may wait for a file put away since."""
+        job = self._context.ledger.get(number)
+        return job is not None and (job.state in FINAL or bool(archive.claimed_files(self._context.home, number)))
 
     def _tidy(self) -> None:
         """Finish what was cut off between a move and its record, or between a record and its move."""

@@ -55,7 +55,9 @@ def published_lineage(home: Home) -> Lineage | None:
 
 
 def forgotten(lineage: Lineage, home: str, known: Callable[[int], object]) -> list[Job]:
-    """Trained jobs of this home that a ledger made anew does not know: a restore would lose them unseen."""
+    """Trained jobs of this home that a ledger made anew, or an older one, does not know of: a restore would lose
+    them unseen.
+    """
     records = [record for record in lineage.trained(home).values() if record.home]
     return [_job_of(record) for record in records if not known(record.job)]
 

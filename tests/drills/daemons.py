@@ -109,10 +109,7 @@ class Watched(Lab):
             assert (self.model / name).read_bytes() == (newest.path / name).read_bytes(), f"{name} is not published"
         assert newest.lineage.in_progress is None
         assert sorted(record.rows for record in newest.lineage.files) == sorted(self.dropped)
-        jobs = [record.job for record in newest.lineage.files]
-        assert len(set(jobs)) == len(jobs)
-        assert max(jobs) <= len(self.dropped) + self.refused
-        assert jobs == sorted(jobs) or not in_order
+        self.check_numbers([record.job for record in newest.lineage.files], in_order=in_order)
         self.check_rows(newest.lineage, scripted.weights_in(newest.path))
 
     def check_published_rows(self) -> None:
@@ -120,6 +117,11 @@ class Watched(Lab):
         newest = checkpoint.newest(Home(self.home), checkpoint.Verifier(), lambda text: None)
         assert newest is not None
         self.check_rows(newest.lineage, scripted.weights_in(newest.path))
+
+    def check_numbers(self, jobs: list[int], *, in_order: bool) -> None:
+        assert len(set(jobs)) == len(jobs)
+        assert max(jobs) <= len(self.dropped) + self.refused
+        assert jobs == sorted(jobs) or not in_order
 
     def check_rows(self, lineage: Lineage, seen: list[list[Any]]) -> None:
         """What the weights say they were given, step by step, is what the lineage says and the log foretold."""

@@ -15,7 +15,10 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 OF_OS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "chmod", "utime"),
@@ -25,12 +28,64 @@ KILL = "SIGKILL"
 EVER_AFTER = " ever after"  # from the nth call on: a disk that has died, or is full and stays so
 
 
-class Faults:
+class Calls:
+    """Leads every call of this process that changes a disk through `around`."""
+
+    names = OF_OS
+    text = False  # whether files that are opened as text count
+
+    def around(self, what: str, arguments: tuple[Any, ...], options: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """Make the call, or not; `arguments` and `options` are its own."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        for name in self.names:
+            setattr(os, name, self.wrapped(name, getattr(os, name)))
+        fcntl.ioctl = self.wrapped("ioctl", fcntl.ioctl)  # type: ignore[assignment]
+        io.open = self.opening(io.open)  # type: ignore[assignment]
+
+    def wrapped(self, name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            return self.around(name, arguments, options, lambda: function(*arguments, **options))
+
+        return wrapped
+
+    def opening(self, function: Any) -> Any:
+        """Files that pathlib opens for writing: their opening counts, and each write."""
+        calls = self
+
+        class File(io.FileIO):
+            def write(self, content: Any) -> int:
+                write = super().write
+                count: int = calls.around("file.write", (self.name,), {"file": self}, lambda: write(content))
+                return count
+
+        @functools.wraps(function)
+        def opened(path: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
+            counts = "b" in mode or (self.text and not isinstance(path, int))
+            if not counts or not set(mode) & set("wxa+"):
+                return function(path, mode, buffering, *rest, **options)
+            raw = mode.replace("b", "").replace("t", "")
+            file = self.around("open", (path,), {"mode": raw}, lambda: File(path, raw))
+            if buffering == 0:
+                return file
+            buffered = io.BufferedRandom(file) if "+" in mode else io.BufferedWriter(file)
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, *rest, **options)
+
+        return opened
+
+
+class Faults(Calls):
     """What happens at which call. `how` is "SIGKILL" or the name of an errno; the nth call counts from 1."""
 
     def __init__(self, nth: int, how: str, trace: list[str]) -> None:
         self.nth, self.how, self.trace = nth, how, trace
         self._guard = threading.Lock()
+
+    def around(self, what: str, arguments: tuple[Any, ...], options: dict[str, Any], call: Callable[[], Any]) -> Any:
+        self.reached(what, *arguments)
+        return call()
 
     def reached(self, what: str, *about: Any) -> None:
         with self._guard:
@@ -43,38 +98,8 @@ class Faults:
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     def install(self) -> None:
-        for name in OF_OS:
-            setattr(os, name, self._wrapped(name, getattr(os, name)))
-        fcntl.ioctl = self._wrapped("ioctl", fcntl.ioctl)  # type: ignore[assignment]
-        io.open = self._opening(io.open)  # type: ignore[assignment]
+        super().install()
         ctypes.CDLL = functools.partial(_library, self, ctypes.CDLL)  # type: ignore[assignment,misc]
-
-    def _wrapped(self, name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            self.reached(name, *arguments)
-            return function(*arguments, **options)
-
-        return wrapped
-
-    def _opening(self, function: Any) -> Any:
-        """Files that pathlib opens for writing: their opening counts, and each write."""
-        faults = self
-
-        class File(io.FileIO):
-            def write(self, content: Any) -> int:
-                faults.reached("file.write", self.name)
-                return super().write(content)
-
-        @functools.wraps(function)
-        def opened(path: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
-            if "b" not in mode or not set(mode) & set("wxa+"):
-                return function(path, mode, buffering, *rest, **options)
-            faults.reached("open", path)
-            file = File(path, mode.replace("b", ""))
-            return file if buffering == 0 else io.BufferedRandom(file) if "+" in mode else io.BufferedWriter(file)
-
-        return opened
 
 
 def _library(faults: Faults, load: Any, *arguments: Any, **options: Any) -> Any:

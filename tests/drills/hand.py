@@ -1,4 +1,4 @@
-"""A process that has everything imported and runs backup_manager.py in forked children: a case costs milliseconds.
+"""A process that has everything imported and runs a program in forked children: a case costs milliseconds.
 
     python -m tests.drills.hand      reads a line of JSON for each run, answers with one
 
@@ -65,7 +65,9 @@ class Hand:
         self._process.stdout.close()
 
     def do(self, *arguments: str | Path, home: Path, **orders: Any) -> Outcome:
-        """Run a command in this home. Orders: after_s, nth, how, settings ({"longrun.store:YOUNG_S": 0})."""
+        """Run backup_manager.py in this home. Orders: after_s, nth, how, settings ({"longrun.store:YOUNG_S": 0}), and
+        program "daemon": daemon.py with scripted children.
+        """
         assert self._process.stdin and self._process.stdout
         line = {"arguments": [*map(str, arguments), "--home", str(home)], "cwd": str(home), **orders}
         self._process.stdin.write(json.dumps(line) + "\n")
@@ -75,13 +77,18 @@ class Hand:
 
 def _serve() -> None:
     import fsspec  # noqa: F401 - warm
+    import watchdog.observers  # noqa: F401 - warm
     import zstandard  # noqa: F401 - warm
 
     if "AWS_ENDPOINT_URL" in os.environ:
         import s3fs  # noqa: F401 - warm
 
     import backup_manager
+    import daemon
+    from longrun import compose  # noqa: F401 - warm
+    from tests.drills import scripted
 
+    programs = {"backup_manager": (backup_manager.main, lambda: None), "daemon": (daemon.main, scripted.fork_children)}
     for line in sys.stdin:
         order = json.loads(line)
         with (
@@ -92,7 +99,9 @@ def _serve() -> None:
             before = time.monotonic()
             child = os.fork()
             if not child:
-                _run(backup_manager.main, order, out, err, calls)
+                main, begin = programs[order.get("program", "backup_manager")]
+                begin()
+                _run(main, order, out, err, calls)
             code, peak_kib = _wait(child, before, order.get("after_s"))
             values = {"code": code, "seconds": time.monotonic() - before, "peak_bytes": peak_kib << 10}
             texts = {"out": _text(out), "err": _text(err), "calls": _text(calls).splitlines()}

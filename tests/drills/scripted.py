@@ -14,8 +14,10 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from longrun import checkpoint, disk, wire  # noqa: E402
+from longrun import checkpoint, disk, wire, worker  # noqa: E402
 from longrun.errors import BadFile, ModelRemoved  # noqa: E402
 from longrun.examine import examine  # noqa: E402
 from longrun.home import FACTS, ROWS, Home  # noqa: E402
@@ -58,6 +60,7 @@ class Worker:
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=task.base_model)
         seen = weights_in(newest.path) if newest else []
         assert len(seen) == lineage.global_step
+        assert int((Path(task.prepared) / ROWS).read_text()) == plan.rows + plan.held_out_rows
         with checkpoint.OpenModel(self.home, newest) as model:
             before, progress = lineage.begun(plan, NOW)
             step = progress.global_step
@@ -125,17 +128,17 @@ def work(home: Home, socket: Path) -> None:
     with disk.Lock.take(home.model_lock, what="scripted worker", wait_s=10.0):
         channel = wire.connect(socket)
         channel.send(wire.Hello(pid=os.getpid(), role="worker", device="none"))
-        worker = Worker(home, channel)
+        trainer = Worker(home, channel)
         while True:
             for message in channel.receive(None):
                 if isinstance(message, wire.Train):
-                    channel.send(_in_words(worker, message))
+                    channel.send(_in_words(trainer, message))
 
 
-def _in_words(worker: Worker, task: wire.Train) -> wire.Message:
+def _in_words(trainer: Worker, task: wire.Train) -> wire.Message:
     job = task.plan["job"]
     try:
-        return worker.train(task)
+        return trainer.train(task)
     except ModelRemoved as error:
         return wire.Failed(job=job, kind="model removed", why=str(error))
     except OSError as error:
@@ -172,7 +175,7 @@ def _prepared(task: wire.Prepare) -> wire.Prepared:
     folder = Path(task.folder)
     aside = disk.aside(folder)
     aside.mkdir()
-    (aside / ROWS).write_bytes(b"")
+    (aside / ROWS).write_text(str(rows))
     (aside / FACTS).write_text(json.dumps(facts))
     disk.sync_tree(aside)
     disk.remove_tree(folder, aside)  # of other settings
@@ -180,13 +183,55 @@ def _prepared(task: wire.Prepare) -> wire.Prepared:
     return wire.Prepared(job=task.job, facts=facts)
 
 
-def main() -> None:
+class Forked:
+    """In the place of subprocess.Popen, in a process that has everything imported: the child is a fork of it."""
+
+    def __init__(self, command: list[str], *, stdout: Any, stderr: Any, **options: Any) -> None:
+        self._code: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.setpgid(0, 0)
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stderr.fileno(), 2)
+                os.closerange(3, 1024)  # as an exec would: among them are locks
+                main(command[2:])
+            except SystemExit:
+                pass
+            except BaseException:  # noqa: BLE001 - shown as the interpreter would
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(0)
+        os.setpgid(self.pid, self.pid)  # both do: whoever of them is first
+
+    def poll(self) -> int | None:
+        if self._code is None and os.waitpid(self.pid, os.WNOHANG)[0]:
+            self._code = 0
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (60.0 if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
+            time.sleep(0.001)
+        return 0
+
+
+def fork_children() -> None:
+    """Let the daemon of this process have scripted children that need no imports."""
+    names = {"Popen": Forked, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+    worker.subprocess = types.SimpleNamespace(**names)  # type: ignore[assignment]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--worker", type=Path)
     parser.add_argument("--preparer", type=Path)
     parser.add_argument("--home", type=Path)
     parser.add_argument("--options")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not OUTLIVES:
         disk.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -9,6 +9,8 @@
                              does at the nth call that changes the disk, in the first process of this role only;
                              FILE lists the calls
     LONGRUN_CLOCK_JUMPS=S    the time of day jumps by so many seconds, back or forth, whenever it is asked for
+    LONGRUN_RECORD=JSON      {"log": FILE, "ledger": FILE, "clones": false}: tests/drills/recorder.py writes down what
+                             every process does to the disk
     LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
 The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
@@ -208,6 +210,13 @@ def main() -> None:
         Faults(call["nth"], call["how"], Trace(call["trace"])).install()
     if "LONGRUN_CLOCK_JUMPS" in os.environ:
         time.time = jumping(time.time, float(os.environ["LONGRUN_CLOCK_JUMPS"]))
+    if "LONGRUN_RECORD" in os.environ:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from tests.drills.recorder import Recorder
+
+        said = json.loads(os.environ["LONGRUN_RECORD"])
+        ledger = Path(said["ledger"]) if role() == "daemon" and "run" in sys.argv else None
+        Recorder(Path(said["log"]), ledger=ledger, clones=said["clones"]).install()
     if "LONGRUN_CHILDREN" in os.environ:
         wrappers.setdefault("longrun.worker", []).append(("PROGRAM", lambda _: Path(os.environ["LONGRUN_CHILDREN"])))
     if "LONGRUN_FREE_BYTES" in os.environ:

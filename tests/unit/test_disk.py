@@ -566,3 +566,11 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_folder_that_is_made_can_be_reached_after_a_crash(tmp_path: Path, disk_log: list[str]) -> None:
+    disk.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert disk_log == [f"sync {tmp_path.name}", "sync a"]
+    disk.make_folder(tmp_path / "a" / "b")
+    assert len(disk_log) == 2

@@ -179,3 +179,9 @@ def test_trained_jobs_of_no_ledger_are_none_and_of_a_damaged_one_an_error(path: 
     path.write_bytes(b"not a database at all" * 100)
     with pytest.raises(LongrunError, match="cannot read the ledger"):
         Ledger.trained(path)
+
+
+def test_what_is_learnt_replaces_what_was_known(ledger: Ledger) -> None:
+    ledger.claim([job(1)])
+    ledger.learn([job(1, state=JobState.TRAINED, rows=5), job(2, state=JobState.TRAINED)])
+    assert [found.rows for found in ledger.in_state(JobState.TRAINED)] == [5, 0]
