@@ -219,9 +219,9 @@ def set_aside(home: Home, folder: Path) -> Path:
 def clear_remains(home: Home, lived: str | None = None) -> bool:
     """Finish an `rm -rf current_model/` that met a commit on its way; True when there were remains.
 
-    Remains are checkpoints without the lineage.json that every model has, or published files without any
-    checkpoint of the lineage that `lived` under this process until now. They are set aside, so that the old
-    model does not come back. Anything else in the folder is not ours to judge.
+    Remains are checkpoints without the lineage.json that every model has, or, of the lineage that `lived` under this
+    process until now, published files that lack either. They are set aside, so that the old model does not come
+    back. Anything else in the folder is not ours to judge.
     """
     if _is_empty(home.model) or not home.model.is_dir():
         return False
@@ -229,7 +229,10 @@ def clear_remains(home: Home, lived: str | None = None) -> bool:
     if (home.model / LINEAGE).exists():
         remains = lived is not None and not steps(home.model) and _lineage_in(home.model) == lived
     else:
-        remains = all(_NAME.fullmatch(entry.name) for entry in entries)
+        found = [entry for entry in entries if _NAME.fullmatch(entry.name)]
+        ours = [folder for folder in found if lived is not None and _lineage_in(folder) == lived]
+        published = {name for folder in ours for name in _published_names(folder)}
+        remains = bool(found) and all(entry in found or entry.name in published for entry in entries)
     if remains:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):

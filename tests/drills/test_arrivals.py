@@ -191,7 +191,8 @@ class Writer(threading.Thread):
                 time.sleep(0.1)  # the shell may live on for a moment after it has closed the file
                 self.early = f"{self.how}: taken before it was closed" if writer.poll() is None else ""
             if self.killed:
-                os.killpg(writer.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.killpg(writer.pid, signal.SIGKILL)
         writer.wait()
 
 

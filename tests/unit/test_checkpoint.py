@@ -288,6 +288,17 @@ def test_remains_of_a_removed_model_are_set_aside(home: Home) -> None:
     assert len(list(home.set_aside.iterdir())) == 2
 
 
+def test_a_publish_that_met_the_removal_left_remains_too(home: Home) -> None:
+    add_checkpoint(home, 5)
+    disk.remove_file(home.model / "lineage.json")
+    kept = content_of(home.model)
+    assert not checkpoint.clear_remains(home)  # a daemon that did not know this model leaves it to a person
+    assert not checkpoint.clear_remains(home, "another")
+    assert content_of(home.model) == kept
+    assert checkpoint.clear_remains(home, "one")
+    assert list(home.model.iterdir()) == []
+
+
 def test_only_remains_are_cleared(home: Home) -> None:
     assert not checkpoint.clear_remains(home)
     add_checkpoint(home, 9)
