@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from longrun import __version__, checkpoint, disk
 from longrun.errors import BadBackup
 from longrun.manifest import BackupType, Manifest, StoredFile, is_digest, is_inside, new_id
-from longrun.source import Pinned, Snapshot, check_is_folder, faults, looks_like_model
+from longrun.source import Pinned, Snapshot, check_is_folder, faults, listed, looks_like_model
 from longrun.store import PRUNE, Store, check_room, in_parallel, silent, stored_files, telling
 
 if TYPE_CHECKING:
@@ -160,14 +160,12 @@ def _known(store: Store, folder: Path) -> dict[tuple[int, ...], str]:
 
 def _promised(snapshot: Snapshot) -> dict[str, str]:
     """Digests by path as the checkpoints' own manifests name them: enough to estimate what is new."""
-    found = {}
+    found: dict[str, str] = {}
     for path, pinned in snapshot.files.items():
         folder, _, name = path.rpartition("/")
         if name == checkpoint.MANIFEST:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                listed = pinned.json()["files"].items()
-                found.update({f"{folder}/{file}".lstrip("/"): facts["sha256"] for file, facts in listed})
-    return {path: digest for path, digest in found.items() if type(digest) is str and is_digest(digest)}
+            found |= {f"{folder}/{file}".lstrip("/"): digest for file, digest in listed(pinned).items()}
+    return {path: digest for path, digest in found.items() if is_digest(digest)}
 
 
 def _stored(pinned: Pinned, digest: str) -> StoredFile:

@@ -239,8 +239,8 @@ def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str] | None) ->
     if snapshot.half_published():
         return [f"its files are not those of {newest}: a publish was cut off (the next daemon finishes it)"]
     found = [f"{name}: it has no {checkpoint.MANIFEST}" for name in snapshot.unsealed_checkpoints()]
-    listed = snapshot.files.get(f"{newest}/{checkpoint.MANIFEST}")
-    names = _listed(listed) if listed else {}
+    sealed = snapshot.files.get(f"{newest}/{checkpoint.MANIFEST}")
+    names = listed(sealed) if sealed else {}
     found += [
         f"{name} is {'not that of' if name in snapshot.files else 'missing, unlike in'} {newest}"
         for name in (checkpoint.published_names(names) if names else [])
@@ -267,7 +267,7 @@ def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str] | None) 
         yield f"{where}its trainer_state.json is missing or says another step: the checkpoint was cut off"
 
 
-def _listed(manifest: Pinned) -> dict[str, str]:
+def listed(manifest: Pinned) -> dict[str, str]:
     """SHA-256 by name as a checkpoint's manifest has them; nothing when it cannot be read."""
     try:
         return {str(name): str(facts["sha256"]) for name, facts in manifest.json()["files"].items()}
@@ -276,14 +276,14 @@ def _listed(manifest: Pinned) -> dict[str, str]:
 
 
 def _against_manifest(manifest: Pinned, here: dict[str, str], digests: dict[str, str] | None) -> Iterator[str]:
-    listed = _listed(manifest)
-    if not listed:
+    named = listed(manifest)
+    if not named:
         yield f"{checkpoint.MANIFEST} cannot be read"
         return
-    for name in sorted(listed.keys() ^ (here.keys() - {checkpoint.MANIFEST})):
-        yield f"{name} is {'missing' if name in listed else 'not in its manifest'}"
-    for name in sorted(listed.keys() & here.keys()):
-        if digests and digests.get(here[name]) != listed[name]:
+    for name in sorted(named.keys() ^ (here.keys() - {checkpoint.MANIFEST})):
+        yield f"{name} is {'missing' if name in named else 'not in its manifest'}"
+    for name in sorted(named.keys() & here.keys()):
+        if digests and digests.get(here[name]) != named[name]:
             yield f"{name} does not have the SHA-256 of its manifest"
 
 
