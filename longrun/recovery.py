@@ -6,6 +6,7 @@ nothing trains; what to do about the loss is for a person to say.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class Recovery:
         another = idle and self._another_model(now)
         if another and context.seen is not None and not self._signature:
             context.model_removed("current_model/ was removed: starting from the base model at step 0")
+        if another:
+            self._tell_another()
         if not (another or context.missing_unsure):
             return
         try:
@@ -59,6 +62,19 @@ class Recovery:
         if settled:
             self._changed_at = None
         return settled
+
+    def _tell_another(self) -> None:
+        """A model that was restored or copied in is told when it is seen, not when the next file goes on from it."""
+        with contextlib.suppress(BadModel):  # half copied, or damaged
+            lineage, seen = published_lineage(self._context.home), self._context.seen
+            known = seen and (seen.lineage.lineage, seen.global_step)
+            if lineage is not None and (lineage.lineage, lineage.global_step) != known:
+                self._context.say(
+                    "another model",
+                    f"another model stands in current_model/, at global step {lineage.global_step}:"
+                    " the next file goes on from it",
+                    global_step=lineage.global_step,
+                )
 
     def _find(self) -> list[Job]:
         context = self._context

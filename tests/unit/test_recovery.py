@@ -90,7 +90,7 @@ def test_another_model_is_judged_when_it_is_still(context: Context) -> None:
     for now in (20.0, 30.0):
         recovery.look(now, idle=True)
     assert missing(context) == ["c.jsonl"]
-    assert told(context) == [("missing", ["c.jsonl"])]
+    assert told(context) == [("another model", None), ("missing", ["c.jsonl"])]
 
 
 def test_a_model_deleted_right_after_the_start_is_missed(context: Context) -> None:
