@@ -27,6 +27,19 @@ def numbered(name: str, rows: int) -> list[dict[str, Any]]:
     return [chat(f"Say {name}-{row:04d}.", f"{name}-{row:04d}. {'word ' * (row % 7)}") for row in range(1, rows + 1)]
 
 
+def toml(settings: dict[str, Any]) -> str:
+    tables: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        tables[section][name] = value
+    lines = [
+        line
+        for section, table in tables.items()
+        for line in (f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in table.items()))
+    ]
+    return "\n".join(lines) + "\n"
+
+
 class Lab:
     def __init__(self, home: Path, *, base_model: Path | None = None, fresh: bool = True, **settings: Any) -> None:
         self.home = home
@@ -44,16 +57,7 @@ class Lab:
 
     def configure(self, **settings: Any) -> None:
         """Write longrun.toml from {"train.learning_rate": 1e-3}."""
-        tables: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-        for key, value in settings.items():
-            section, _, name = key.partition(".")
-            tables[section][name] = value
-        lines = [
-            line
-            for section, table in tables.items()
-            for line in (f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in table.items()))
-        ]
-        (self.home / "longrun.toml").write_text("\n".join(lines) + "\n")
+        (self.home / "longrun.toml").write_text(toml(settings))
 
     def drop(self, name: str, rows: list[dict[str, Any]] | int) -> Path:
         """Put a file into the inbox in one step; a number makes that many numbered rows."""

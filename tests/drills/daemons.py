@@ -108,7 +108,8 @@ class Watched(Lab):
         for name in published:
             assert (self.model / name).read_bytes() == (newest.path / name).read_bytes(), f"{name} is not published"
         assert newest.lineage.in_progress is None
-        assert sorted(record.rows for record in newest.lineage.files) == sorted(self.dropped)
+        rows = sorted(record.rows for record in newest.lineage.files)
+        assert rows == sorted(self.dropped), f"{rows}, dropped were {sorted(self.dropped)}"
         self.check_numbers([record.job for record in newest.lineage.files], in_order=in_order)
         self.check_rows(newest.lineage, scripted.weights_in(newest.path))
 

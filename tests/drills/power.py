@@ -66,7 +66,7 @@ class Recording:
     def begin(self, home: Path) -> None:
         self.log.parent.mkdir()
         nodes: dict[int, dict[str, Any]] = {}
-        _look(home, nodes)
+        look(home, nodes)
         self.start.write_text(json.dumps({"root": home.stat().st_ino, "nodes": nodes}))
 
     def environment(self, home: Path, *, clones: bool) -> dict[str, str]:
@@ -115,23 +115,27 @@ class Recording:
         return [entry[1] for entry in self.entries[:cut] if entry[0] == "ledger"]
 
     def nodes(self) -> dict[int, Node]:
-        """All that ever were, as they began: what has no name yet cannot be reached."""
-        found = {
-            int(number): Node(**{**facts, "data": bytearray(facts["data"], "latin-1"), "names": dict(facts["names"])})
-            for number, facts in self._nodes.items()
-        }
-        for _, names, kind, extra in (entry for entry in self.entries if entry[0] == "name" and entry[2]):
-            found.setdefault(names[-1][2], Node(kind, target=extra or ""))
-        return found
+        return nodes_of(self._nodes, self.entries)
 
 
-def _look(path: Path, nodes: dict[int, dict[str, Any]]) -> int:
+def nodes_of(start: dict[Any, dict[str, Any]], entries: list[Entry]) -> dict[int, Node]:
+    """All that ever were, as they began: what has no name yet cannot be reached."""
+    found = {
+        int(number): Node(**{**facts, "data": bytearray(facts["data"], "latin-1"), "names": dict(facts["names"])})
+        for number, facts in start.items()
+    }
+    for _, names, kind, extra in (entry for entry in entries if entry[0] == "name" and entry[2]):
+        found.setdefault(names[-1][2], Node(kind, target=extra or ""))
+    return found
+
+
+def look(path: Path, nodes: dict[int, dict[str, Any]]) -> int:
     there = path.lstat()
     facts: dict[str, Any] = {"kind": "file", "names": {}, "data": "", "target": "", "mtime_ns": there.st_mtime_ns}
     if path.is_symlink():
         facts |= {"kind": "link", "target": os.fspath(path.readlink())}
     elif path.is_dir():
-        names = {entry.name: _look(entry, nodes) for entry in path.iterdir() if entry.name not in NOT_RECORDED}
+        names = {entry.name: look(entry, nodes) for entry in path.iterdir() if entry.name not in NOT_RECORDED}
         facts |= {"kind": "folder", "names": names}
     else:
         facts["data"] = path.read_bytes().decode("latin-1")

@@ -142,6 +142,8 @@ def _in_words(trainer: Worker, task: wire.Train) -> wire.Message:
         return trainer.train(task)
     except ModelRemoved as error:
         return wire.Failed(job=job, kind="model removed", why=str(error))
+    except checkpoint.Damaged as error:
+        return wire.Failed(job=job, kind="crash", why=str(error))
     except OSError as error:
         return wire.Failed(job=job, kind="disk" if error.errno in disk.FULL else "crash", why=str(error))
 
