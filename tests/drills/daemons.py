@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sqlite3
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from tests.lab import Lab, numbered
 if TYPE_CHECKING:
     import random
 
+    from tests.drills.hand import Hand
+
 SETTINGS = {
     "inbox.settle_s": 0.1,
     "inbox.scan_s": 0.1,
@@ -30,16 +33,31 @@ SETTINGS = {
     "log.rows": False,
 }
 SENTENCE = re.compile(r"This file will train for (\d+) steps \(reaching global step (\d+)\)")
+EVENTS_A_LIFE = 16  # two small files tell about as many
+A_WHILE_S, A_LITTLE_S = 1.0, 0.03
 NAMES = ("a", "b", "c", "deep-é", "--drain")  # used again and again: a name is no identity
 
 
 class Watched(Lab):
-    """A Lab with scripted children; `dropped` is what its model must have seen in the end."""
+    """A Lab with scripted children; `dropped` is what its model must have seen in the end.
 
-    def __init__(self, home: Path, **settings: Any) -> None:
+    Its daemons are forks of the hand, if there is one: they start in milliseconds. Faults need daemons that import.
+    """
+
+    def __init__(self, home: Path, *, hand: Hand | None = None, **settings: Any) -> None:
         super().__init__(home, **SETTINGS | settings)
+        self.hand = hand
         self.dropped: list[int] = []  # rows of each file that was dropped and is to be trained
         self.refused = 0  # how many others were dropped, which are to be rejected
+
+    def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
+        if self.hand is None:
+            return super().start(*arguments, faults=faults, **environment)
+        assert not faults
+        log, told = self.home / "stderr.log", self.environment(**environment)
+        daemon = self.hand.start("run", *arguments, home=self.home, log=log, environment=told)
+        self.daemons.append(daemon)
+        return daemon
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         return super().environment(faults, LONGRUN_CHILDREN=scripted.__file__, **extra)
@@ -70,14 +88,46 @@ class Watched(Lab):
     def was_struck(self) -> bool:
         return self.trace.exists()
 
-    def strike(self, who: str, daemon: Any) -> None:
-        """Kill the daemon, its worker, or both, at once; the worker's end is the daemon's to notice."""
+    def let_live(self, dice: random.Random) -> None:
+        """For a moment: until some events were told, however slow the machine is, and a little longer."""
+        path = self.home / "state" / "events.jsonl"
+        wanted = len(self.events) + dice.randint(0, EVENTS_A_LIFE)
+        end = time.monotonic() + dice.uniform(0.0, A_WHILE_S)
+        while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0.0, A_LITTLE_S))
+
+    def strike(self, who: str, daemon: Any) -> str:
+        """Kill the daemon, its worker, or both, at once, and say at what; a worker's end is the daemon's to notice."""
         worker = worker_of(daemon.pid)
         if who in ("worker", "both") and worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         if who in ("daemon", "both"):
             self.kill(daemon)
+        return self.phase(daemon.pid)
+
+    def phase(self, daemon: int) -> str:
+        """How far this daemon has come with the file that it is at, as home and events tell."""
+        told = self.events
+        begun = max((at for at, event in enumerate(told) if event["event"] == "start"), default=-1)
+        if begun < 0 or told[begun]["pid"] != daemon:
+            return "starting"
+        of_run = [event for event in told[begun:] if event["event"] in ("planned", "started", "saved", "trained")]
+        if of_run and of_run[-1]["event"] != "trained":
+            return self._phase_of_run(of_run)
+        jobs = self.home / "state" / "jobs"
+        if first := min(self.names("state/jobs"), default=None):
+            return "prepared" if (jobs / first / "prepared").exists() else "claimed"
+        return "in the inbox" if any(self.inbox.glob("*.jsonl*")) else "idle"
+
+    def _phase_of_run(self, events: list[dict[str, Any]]) -> str:
+        if self.names("state/staging"):
+            return "committing"
+        target = [event["target_step"] for event in events if event["event"] == "planned"][-1]
+        if events[-1]["event"] == "planned":
+            return "planned"
+        return "putting away" if events[-1].get("global_step") == target else "mid-file"
 
     # -- holding to account
 
@@ -166,6 +216,7 @@ def worker_of(daemon: int) -> int | None:
         return None
     for child in map(int, children):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if b"--worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            seen = Path(f"/proc/{child}")
+            if b"--worker" in (seen / "cmdline").read_bytes() or (seen / "comm").read_text() == "worker\n":
                 return child
     return None

@@ -14,9 +14,9 @@ from tests.drills.daemons import Watched
 LIVES, REMOVALS_A_LIFE = 125, 4  # 500 removals
 
 
-def test_a_removed_model_begins_anew_and_never_comes_back(campaign, quick):
+def test_a_removed_model_begins_anew_and_never_comes_back(campaign, quick, hand):
     def attempt(life, dice):
-        lab = Watched(quick / f"life-{life}")
+        lab = Watched(quick / f"life-{life}", hand=hand)
         try:
             daemon = lab.start(LONGRUN_STEP_S=str(dice.choice((0.002, 0.02))))
             for removal in range(REMOVALS_A_LIFE):
