@@ -34,11 +34,55 @@ SETTINGS = {
 }
 SENTENCE = re.compile(r"This file will train for (\d+) steps \(reaching global step (\d+)\)")
 EVENTS_A_LIFE = 16  # two small files tell about as many
-A_WHILE_S, A_LITTLE_S = 1.0, 0.03
 NAMES = ("a", "b", "c", "deep-é", "--drain")  # used again and again: a name is no identity
 
 
-class Watched(Lab):
+class Mortal(Lab):
+    """A Lab whose daemon and worker are killed at any moment."""
+
+    def let_live(self, dice: random.Random, *, a_while_s: float = 1.0, a_little_s: float = 0.03) -> None:
+        """For a moment: until some events were told, however slow the machine is, and a little longer."""
+        path = self.home / "state" / "events.jsonl"
+        wanted = len(self.events) + dice.randint(0, EVENTS_A_LIFE)
+        end = time.monotonic() + dice.uniform(0.0, a_while_s)
+        while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0.0, a_little_s))
+
+    def strike(self, who: str, daemon: Any) -> str:
+        """Kill the daemon, its worker, or both, at once, and say at what; a worker's end is the daemon's to notice."""
+        worker = worker_of(daemon.pid)
+        if who in ("worker", "both") and worker:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        if who in ("daemon", "both"):
+            self.kill(daemon)
+        return self.phase(daemon.pid)
+
+    def phase(self, daemon: int) -> str:
+        """How far this daemon has come with the file that it is at, as home and events tell."""
+        told = self.events
+        begun = max((at for at, event in enumerate(told) if event["event"] == "start"), default=-1)
+        if begun < 0 or told[begun]["pid"] != daemon:
+            return "starting"
+        of_run = [event for event in told[begun:] if event["event"] in ("planned", "started", "saved", "trained")]
+        if of_run and of_run[-1]["event"] != "trained":
+            return self._phase_of_run(of_run)
+        jobs = self.home / "state" / "jobs"
+        if first := min(self.names("state/jobs"), default=None):
+            return "prepared" if (jobs / first / "prepared").exists() else "claimed"
+        return "in the inbox" if any(self.inbox.glob("*.jsonl*")) else "idle"
+
+    def _phase_of_run(self, events: list[dict[str, Any]]) -> str:
+        if self.names("state/staging"):
+            return "committing"
+        target = [event["target_step"] for event in events if event["event"] == "planned"][-1]
+        if events[-1]["event"] == "planned":
+            return "planned"
+        return "putting away" if events[-1].get("global_step") == target else "mid-file"
+
+
+class Watched(Mortal):
     """A Lab with scripted children; `dropped` is what its model must have seen in the end.
 
     Its daemons are forks of the hand, if there is one: they start in milliseconds. Faults need daemons that import.
@@ -87,47 +131,6 @@ class Watched(Lab):
     @property
     def was_struck(self) -> bool:
         return self.trace.exists()
-
-    def let_live(self, dice: random.Random) -> None:
-        """For a moment: until some events were told, however slow the machine is, and a little longer."""
-        path = self.home / "state" / "events.jsonl"
-        wanted = len(self.events) + dice.randint(0, EVENTS_A_LIFE)
-        end = time.monotonic() + dice.uniform(0.0, A_WHILE_S)
-        while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
-            time.sleep(0.001)
-        time.sleep(dice.uniform(0.0, A_LITTLE_S))
-
-    def strike(self, who: str, daemon: Any) -> str:
-        """Kill the daemon, its worker, or both, at once, and say at what; a worker's end is the daemon's to notice."""
-        worker = worker_of(daemon.pid)
-        if who in ("worker", "both") and worker:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
-        if who in ("daemon", "both"):
-            self.kill(daemon)
-        return self.phase(daemon.pid)
-
-    def phase(self, daemon: int) -> str:
-        """How far this daemon has come with the file that it is at, as home and events tell."""
-        told = self.events
-        begun = max((at for at, event in enumerate(told) if event["event"] == "start"), default=-1)
-        if begun < 0 or told[begun]["pid"] != daemon:
-            return "starting"
-        of_run = [event for event in told[begun:] if event["event"] in ("planned", "started", "saved", "trained")]
-        if of_run and of_run[-1]["event"] != "trained":
-            return self._phase_of_run(of_run)
-        jobs = self.home / "state" / "jobs"
-        if first := min(self.names("state/jobs"), default=None):
-            return "prepared" if (jobs / first / "prepared").exists() else "claimed"
-        return "in the inbox" if any(self.inbox.glob("*.jsonl*")) else "idle"
-
-    def _phase_of_run(self, events: list[dict[str, Any]]) -> str:
-        if self.names("state/staging"):
-            return "committing"
-        target = [event["target_step"] for event in events if event["event"] == "planned"][-1]
-        if events[-1]["event"] == "planned":
-            return "planned"
-        return "putting away" if events[-1].get("global_step") == target else "mid-file"
 
     # -- holding to account
 

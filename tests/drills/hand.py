@@ -87,7 +87,7 @@ class Hand:
 
 
 class Started:
-    """As subprocess.Popen would have given; the hand is its parent, so the pid is its own until poll() tells its end."""
+    """As subprocess.Popen would have given. The hand is its parent: the pid is its own until poll() tells its end."""
 
     def __init__(self, hand: Hand, pid: int) -> None:
         self.pid = pid
