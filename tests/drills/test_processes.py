@@ -65,7 +65,8 @@ def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campai
                 starts = lab.whole_log.count("Longrun watches")
                 daemon = lab.start(LONGRUN_STEP_S=str(dice.choice((0.002, 0.03))))
                 lab.wait_until(lambda starts=starts: lab.whole_log.count("Longrun watches") > starts)
-                time.sleep(dice.choice((0.0, dice.uniform(0.0, 0.9))))
+                lab.let_live(dice)
+                campaign.note(f"when {lab.phase(daemon.pid)}")
                 for number in dice.choice(([signal.SIGTERM], [signal.SIGINT], [signal.SIGHUP], [signal.SIGTERM] * 2)):
                     with contextlib.suppress(ProcessLookupError):
                         daemon.send_signal(number)

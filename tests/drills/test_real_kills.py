@@ -11,23 +11,22 @@ from tests.drills.campaign import FULL
 from tests.drills.daemons import Mortal
 
 LIVES, KILLS_A_LIFE = 20, 15  # 300 kills
-NAMES = "abcdef"
+ROWS = (1, 7, 37, 60, 100, 160)
 
 
 @pytest.mark.skipif(not FULL, reason="tests/acceptance/test_kills.py has one in each phase")
 def test_a_kill_at_any_moment_changes_no_bit_of_the_real_model(campaign, quick, dropout_model):
     def attempt(life, dice):
         settings = drawn_settings(dice) | {"base_model": dropout_model}
-        files = {name: dice.choice((1, 7, 37, 60, 100, 160)) for name in NAMES}
         with (
-            closing(Mortal(quick / f"unbroken-{life}", **settings)) as unbroken,
             closing(Mortal(quick / f"killed-{life}", **settings)) as lab,
+            closing(Mortal(quick / f"unbroken-{life}", **settings)) as unbroken,
         ):
+            files = live_and_be_killed(lab, dice, campaign)
+            assert lab.drain() == 0, lab.log
             for name, rows in files.items():
                 unbroken.drop(f"{name}.jsonl", rows)
             assert unbroken.drain() == 0, unbroken.log
-            live_and_be_killed(lab, files, dice, campaign)
-            assert lab.drain() == 0, lab.log
             epochs = settings["train.num_train_epochs"]
             assert {name: lab.times_trained(name, rows) for name, rows in files.items()} == {
                 name: {epochs: rows} for name, rows in files.items()
@@ -55,19 +54,20 @@ def drawn_settings(dice):
     }
 
 
-def live_and_be_killed(lab, files, dice, campaign):
-    """Files come one by one, in their order; a daemon whose worker was killed lives on."""
-    waiting, daemon = list(files), None
+def live_and_be_killed(lab, dice, campaign):
+    """The files that it was given, so many that it was always at one; a daemon whose worker was killed lives on."""
+    files, daemon = {}, None
     for _ in range(KILLS_A_LIFE):
-        while waiting and len(lab.names("inbox") | lab.names("state/jobs")) < 2:
-            lab.drop(f"{waiting[0]}.jsonl", files[waiting.pop(0)])
+        while len(lab.names("inbox") | lab.names("state/jobs")) < 2:
+            name = f"f{len(files):02d}"
+            files[name] = dice.choice(ROWS)
+            lab.drop(f"{name}.jsonl", files[name])
         daemon = daemon or lab.start()
-        lab.let_live(dice, a_while_s=30.0, a_little_s=dice.choice((0.1, 1.0)))
+        lab.let_live(dice, a_while_s=120.0, a_little_s=dice.choice((0.1, 1.0)))
         who = dice.choice(("daemon", "worker", "both"))
         campaign.note(f"when {lab.strike(who, daemon)}")
         campaign.note(f"kills of {who}")
         daemon = daemon if who == "worker" else None
     if daemon:
         lab.kill(daemon)
-    for name in waiting:
-        lab.drop(f"{name}.jsonl", files[name])
+    return files
