@@ -100,10 +100,10 @@ class Started:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        end = time.monotonic() + (LIMIT_S if timeout is None else timeout)
+        begun = time.monotonic()
         while (code := self.poll()) is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a forked daemon", timeout or LIMIT_S)
+            if timeout is not None and time.monotonic() > begun + timeout:
+                raise subprocess.TimeoutExpired("a forked daemon", timeout)
             time.sleep(0.002)
         return code
 

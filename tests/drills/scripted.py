@@ -203,6 +203,9 @@ class Forked:
             os.dup2(stdout.fileno(), 1)
             os.dup2(stderr.fileno(), 2)
             os.closerange(3, 1024)  # as an exec would: among them are locks
+            for number in (signal.SIGTERM, signal.SIGHUP):  # likewise
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
             sys.argv = command[1:]
             _run_and_exit(command[2:])
         os.close(told)

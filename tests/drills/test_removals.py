@@ -44,8 +44,9 @@ def removed_once(lab, daemon, dice, name, campaign):
     before = lineage_now(lab)
     phase = lab.phase(daemon.pid)
     subprocess.run(["rm", "-rf", lab.model], check=False, capture_output=True)
-    campaign.note("removals", before is not None)
-    campaign.note(f"when {phase}", before is not None)
+    if before is not None:
+        campaign.note("removals")
+        campaign.note(f"when {phase}")
     for number in range(dice.randint(1, 2)):
         lab.drop_rows(f"after-{name}-{number}", dice.choice((1, 8, 37)))
     all_trained(lab)
