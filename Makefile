@@ -14,7 +14,7 @@ run: .venv/run.stamp  ## watch inbox/ of this folder
 test: check  ## the same, and all tests with the real daemon and the real tiny model
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/training tests/acceptance tests/drills
 
-drills: .venv/drills.stamp  ## try to break the promises, in full: tests/drills/README.md
+drills: .venv/drills.stamp  ## try to break the promises, in full, from where it was cut off: tests/drills/README.md
 	LONGRUN_DRILLS=full $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 tests/drills
 	$(BIN)/python -m tests.drills.planted
 
@@ -46,5 +46,5 @@ bench: .venv/run.stamp  ## compare backups with cp, restic and borg; needs 20 GB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[drills]'
 	@touch $@
 
-clean:  ## forget the virtual environment and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .coverage* *.egg-info
+clean:  ## forget the virtual environment, caches, and how far the drills came
+	rm -rf .venv .drills .mypy_cache .pytest_cache .ruff_cache .coverage* *.egg-info

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sqlite3
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from tests.lab import Lab, numbered
 if TYPE_CHECKING:
     import random
 
+    from tests.drills.hand import Hand
+
 SETTINGS = {
     "inbox.settle_s": 0.1,
     "inbox.scan_s": 0.1,
@@ -30,16 +33,75 @@ SETTINGS = {
     "log.rows": False,
 }
 SENTENCE = re.compile(r"This file will train for (\d+) steps \(reaching global step (\d+)\)")
+EVENTS_A_LIFE = 16  # two small files tell about as many
 NAMES = ("a", "b", "c", "deep-é", "--drain")  # used again and again: a name is no identity
 
 
-class Watched(Lab):
-    """A Lab with scripted children; `dropped` is what its model must have seen in the end."""
+class Mortal(Lab):
+    """A Lab whose daemon and worker are killed at any moment."""
 
-    def __init__(self, home: Path, **settings: Any) -> None:
+    def let_live(self, dice: random.Random, *, a_while_s: float = 1.0, a_little_s: float = 0.03) -> None:
+        """For a moment: until some events were told, however slow the machine is, and a little longer."""
+        path = self.home / "state" / "events.jsonl"
+        wanted = len(self.events) + dice.randint(0, EVENTS_A_LIFE)
+        end = time.monotonic() + dice.uniform(0.0, a_while_s)
+        while time.monotonic() < end and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0.0, a_little_s))
+
+    def strike(self, who: str, daemon: Any) -> str:
+        """Kill the daemon, its worker, or both, at once, and say at what; a worker's end is the daemon's to notice."""
+        worker = worker_of(daemon.pid)
+        if who in ("worker", "both") and worker:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        if who in ("daemon", "both"):
+            self.kill(daemon)
+        return self.phase(daemon.pid)
+
+    def phase(self, daemon: int) -> str:
+        """How far this daemon has come with the file that it is at, as home and events tell."""
+        told = self.events
+        begun = max((at for at, event in enumerate(told) if event["event"] == "start"), default=-1)
+        if begun < 0 or told[begun]["pid"] != daemon:
+            return "starting"
+        of_run = [event for event in told[begun:] if event["event"] in ("planned", "started", "saved", "trained")]
+        if of_run and of_run[-1]["event"] != "trained":
+            return self._phase_of_run(of_run)
+        jobs = self.home / "state" / "jobs"
+        if first := min(self.names("state/jobs"), default=None):
+            return "prepared" if (jobs / first / "prepared").exists() else "claimed"
+        return "in the inbox" if any(self.inbox.glob("*.jsonl*")) else "idle"
+
+    def _phase_of_run(self, events: list[dict[str, Any]]) -> str:
+        if self.names("state/staging"):
+            return "committing"
+        target = [event["target_step"] for event in events if event["event"] == "planned"][-1]
+        if events[-1]["event"] == "planned":
+            return "planned"
+        return "putting away" if events[-1].get("global_step") == target else "mid-file"
+
+
+class Watched(Mortal):
+    """A Lab with scripted children; `dropped` is what its model must have seen in the end.
+
+    Its daemons are forks of the hand, if there is one: they start in milliseconds. Faults need daemons that import.
+    """
+
+    def __init__(self, home: Path, *, hand: Hand | None = None, **settings: Any) -> None:
         super().__init__(home, **SETTINGS | settings)
+        self.hand = hand
         self.dropped: list[int] = []  # rows of each file that was dropped and is to be trained
         self.refused = 0  # how many others were dropped, which are to be rejected
+
+    def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
+        if self.hand is None:
+            return super().start(*arguments, faults=faults, **environment)
+        assert not faults
+        log, told = self.home / "stderr.log", self.environment(**environment)
+        daemon = self.hand.start("run", *arguments, home=self.home, log=log, environment=told)
+        self.daemons.append(daemon)
+        return daemon
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         return super().environment(faults, LONGRUN_CHILDREN=scripted.__file__, **extra)
@@ -69,15 +131,6 @@ class Watched(Lab):
     @property
     def was_struck(self) -> bool:
         return self.trace.exists()
-
-    def strike(self, who: str, daemon: Any) -> None:
-        """Kill the daemon, its worker, or both, at once; the worker's end is the daemon's to notice."""
-        worker = worker_of(daemon.pid)
-        if who in ("worker", "both") and worker:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
-        if who in ("daemon", "both"):
-            self.kill(daemon)
 
     # -- holding to account
 
@@ -167,6 +220,7 @@ def worker_of(daemon: int) -> int | None:
         return None
     for child in map(int, children):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if b"--worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            seen = Path(f"/proc/{child}")
+            if b"--worker" in (seen / "cmdline").read_bytes() or (seen / "comm").read_text() == "worker\n":
                 return child
     return None

@@ -82,12 +82,15 @@ class Faults(Calls):
     def __init__(self, nth: int, how: str, trace: list[str]) -> None:
         self.nth, self.how, self.trace = nth, how, trace
         self._guard = threading.Lock()
+        self._process = os.getpid()
 
     def around(self, what: str, arguments: tuple[Any, ...], options: dict[str, Any], call: Callable[[], Any]) -> Any:
         self.reached(what, *arguments)
         return call()
 
     def reached(self, what: str, *about: Any) -> None:
+        if os.getpid() != self._process:  # a fork has calls of its own
+            return
         with self._guard:
             self.trace.append(" ".join([what, *filter(None, map(_place, about))]))
             count = len(self.trace)

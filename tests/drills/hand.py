@@ -1,8 +1,9 @@
 """A process that has everything imported and runs a program in forked children: a case costs milliseconds.
 
-    python -m tests.drills.hand      reads a line of JSON for each run, answers with one
+    python -m tests.drills.hand      reads a line of JSON for each order, answers with one
 
-A run may be told to die after some seconds, or at its nth call that changes the disk (see `faults`).
+A run may be told to die after some seconds, or at its nth call that changes the disk (see `faults`). A daemon may also
+be started and left to itself: it is a process like any other, and who started it signals it and asks how it ended.
 """
 
 from __future__ import annotations
@@ -68,11 +69,50 @@ class Hand:
         """Run backup_manager.py in this home. Orders: after_s, nth, how, settings ({"longrun.store:YOUNG_S": 0}), and
         program "daemon": daemon.py with scripted children.
         """
-        assert self._process.stdin and self._process.stdout
         line = {"arguments": [*map(str, arguments), "--home", str(home)], "cwd": str(home), **orders}
+        return Outcome(**self.ask(line))
+
+    def start(self, *arguments: str, home: Path, log: Path, environment: dict[str, str]) -> Started:
+        """Start daemon.py with scripted children in this home, as subprocess.Popen would."""
+        whole = ["--home", str(home), *arguments]
+        line = {"start": whole, "cwd": str(home), "log": str(log), "environment": environment}
+        return Started(self, self.ask(line)["pid"])
+
+    def ask(self, line: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
-        return Outcome(**json.loads(self._process.stdout.readline()))
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+class Started:
+    """As subprocess.Popen would have given. The hand is its parent: the pid is its own until poll() tells its end."""
+
+    def __init__(self, hand: Hand, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._hand = hand
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._hand.ask({"poll": self.pid})["code"]
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        begun = time.monotonic()
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() > begun + timeout:
+                raise subprocess.TimeoutExpired("a forked daemon", timeout)
+            time.sleep(0.002)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _serve() -> None:
@@ -87,26 +127,62 @@ def _serve() -> None:
     import daemon
     from longrun import compose  # noqa: F401 - warm
     from tests.drills import scripted
+    from tests.probe import sitecustomize  # noqa: F401 - warm
 
     programs = {"backup_manager": (backup_manager.main, lambda: None), "daemon": (daemon.main, scripted.fork_children)}
     for line in sys.stdin:
         order = json.loads(line)
-        with (
-            tempfile.TemporaryFile("w+") as out,
-            tempfile.TemporaryFile("w+") as err,
-            tempfile.TemporaryFile("w+") as calls,
-        ):
-            before = time.monotonic()
-            child = os.fork()
-            if not child:
-                main, begin = programs[order.get("program", "backup_manager")]
-                begin()
-                _run(main, order, out, err, calls)
-            code, peak_kib = _wait(child, before, order.get("after_s"))
-            values = {"code": code, "seconds": time.monotonic() - before, "peak_bytes": peak_kib << 10}
-            texts = {"out": _text(out), "err": _text(err), "calls": _text(calls).splitlines()}
-        sys.stdout.write(json.dumps(values | texts) + "\n")
+        if "start" in order:
+            answer = {"pid": _start(daemon.main, order)}
+        elif "poll" in order:
+            answer = {"code": _code(order["poll"])}
+        else:
+            answer = _do(*programs[order.get("program", "backup_manager")], order)
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def _start(main: Any, order: dict[str, Any]) -> int:
+    """The pid of a fork that runs the daemon, whose children are forks of it; it ends as an interpreter does."""
+    child = os.fork()
+    if child:
+        return child
+    from tests.drills import scripted
+    from tests.probe import sitecustomize as probe
+
+    with Path(order["log"]).open("a") as log, Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = ["daemon.py", *order["start"]]
+    scripted.fork_children()
+    probe.main()
+    sys.exit(main(order["start"]))
+
+
+def _code(child: int) -> int | None:
+    """Exit code, or the signal that ended it, negative; None while it runs."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _do(main: Any, begin: Any, order: dict[str, Any]) -> dict[str, Any]:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.TemporaryFile("w+") as calls,
+    ):
+        before = time.monotonic()
+        child = os.fork()
+        if not child:
+            begin()
+            _run(main, order, out, err, calls)
+        code, peak_kib = _wait(child, before, order.get("after_s"))
+        values = {"code": code, "seconds": time.monotonic() - before, "peak_bytes": peak_kib << 10}
+        return values | {"out": _text(out), "err": _text(err), "calls": _text(calls).splitlines()}
 
 
 def _run(main: Any, order: dict[str, Any], out: IO[str], err: IO[str], calls: IO[str]) -> None:

@@ -20,7 +20,7 @@ import time
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -34,8 +34,15 @@ from longrun.plan import Plan  # noqa: E402
 
 NOW = "2026-01-01T00:00:00.000+00:00"
 WEIGHTS = "model.safetensors"
-STEP_S = float(os.environ.get("LONGRUN_STEP_S", "0.002"))
-OUTLIVES = "LONGRUN_OUTLIVES" in os.environ  # the worker notices nothing of its daemon's death until its run is over
+
+
+def step_s() -> float:
+    return float(os.environ.get("LONGRUN_STEP_S", "0.002"))
+
+
+def outlives() -> bool:
+    """Whether the worker notices nothing of its daemon's death until its run is over."""
+    return "LONGRUN_OUTLIVES" in os.environ
 
 
 def order(plan: Plan) -> list[int]:
@@ -78,23 +85,23 @@ class Worker:
     def _step(self, plan: Plan, progress: InProgress, seen: list[list[Any]]) -> InProgress:
         size = plan.recipe.batch_size
         seen.append([plan.name, order(plan)[progress.done_steps * size :][:size]])
-        time.sleep(STEP_S)
+        time.sleep(step_s())
         progress = replace(progress, done_steps=progress.done_steps + 1, loss_sum=progress.loss_sum + 1, last_loss=1.0)
         step = progress.global_step
         _note("step", step)
-        self._say(wire.Progress(job=plan.job, global_step=step, loss=1.0, learning_rate=1e-5, steps_per_s=1 / STEP_S))
+        self._say(wire.Progress(job=plan.job, global_step=step, loss=1.0, learning_rate=1e-5, steps_per_s=1 / step_s()))
         return progress
 
     def _asked_to_stop(self) -> str:
         try:
             return next((m.why for m in self.channel.receive(0) if isinstance(m, wire.Stop)), "")
         except wire.Closed:
-            if not OUTLIVES:
+            if not outlives():
                 raise
             return ""
 
     def _say(self, message: wire.Message) -> None:
-        with contextlib.suppress(*[wire.Closed] if OUTLIVES else []):
+        with contextlib.suppress(*[wire.Closed] if outlives() else []):
             self.channel.send(message)
 
     def _save(self, model: checkpoint.OpenModel, task: wire.Train, seen: list[list[Any]], lineage: Lineage) -> None:
@@ -191,35 +198,53 @@ class Forked:
 
     def __init__(self, command: list[str], *, stdout: Any, stderr: Any, **options: Any) -> None:
         self._code: int | None = None
+        begun, told = os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            try:
-                os.setpgid(0, 0)
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stderr.fileno(), 2)
-                os.closerange(3, 1024)  # as an exec would: among them are locks
-                main(command[2:])
-            except SystemExit:
-                pass
-            except BaseException:  # noqa: BLE001 - shown as the interpreter would
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stderr.flush()
-                os._exit(0)
-        os.setpgid(self.pid, self.pid)  # both do: whoever of them is first
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            os.closerange(3, 1024)  # as an exec would: among them are locks
+            for number in (signal.SIGTERM, signal.SIGHUP):  # likewise
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            sys.argv = command[1:]
+            _run_and_exit(command[2:])
+        os.close(told)
+        os.read(begun, 1)  # the session is its own by now, as it is when Popen returns
+        os.close(begun)
 
     def poll(self) -> int | None:
-        if self._code is None and os.waitpid(self.pid, os.WNOHANG)[0]:
-            self._code = 0
+        if self._code is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if found else None
         return self._code
 
     def wait(self, timeout: float | None = None) -> int:
         end = time.monotonic() + (60.0 if timeout is None else timeout)
-        while self.poll() is None:
+        while (code := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
             time.sleep(0.001)
-        return 0
+        return code
+
+
+def _run_and_exit(arguments: list[str]) -> NoReturn:
+    """As an interpreter would: the probe first, then the program, whatever its parent had begun."""
+    from tests.probe import sitecustomize as probe
+
+    code: Any = 1
+    try:
+        probe.main()
+        main(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001 - shown as the interpreter would
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def fork_children() -> None:
@@ -235,7 +260,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--options")
     args = parser.parse_args(arguments)
-    if not OUTLIVES:
+    if sys.platform == "linux":  # a fork has the command line of its parent
+        Path("/proc/self/comm").write_text("worker" if args.worker else "preparer")
+    if not outlives():
         disk.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

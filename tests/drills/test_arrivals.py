@@ -196,9 +196,9 @@ class Writer(threading.Thread):
         writer.wait()
 
 
-def test_writers_that_are_slow_stalled_or_killed_cost_no_row(campaign, quick):
+def test_writers_that_are_slow_stalled_or_killed_cost_no_row(campaign, quick, hand):
     def attempt(life, dice):
-        lab = Watched(quick / f"life-{life}", **{"inbox.settle_s": SETTLE_S})
+        lab = Watched(quick / f"life-{life}", hand=hand, **{"inbox.settle_s": SETTLE_S})
         (lab.home / "sources").mkdir()
         try:
             daemon = lab.start()

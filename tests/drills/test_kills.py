@@ -50,7 +50,8 @@ def test_a_kill_at_any_call_costs_nothing_but_the_command(campaign, hand, quick)
     for name, operation in OPERATIONS.items():
         tried = little.copy(quick / "tried")
         calls = hand.do(*operation.words(tried), home=tried.home, nth=0, settings={"longrun.store:THREADS": 1}).calls
-        cases += [(name, number, call) for number, call in enumerate(calls, 1) if not call.startswith("pread")]
+        names = [call.partition(" ")[0] for call in calls]  # the rest is another place every time
+        cases += [(name, number, call) for number, call in enumerate(names, 1) if call != "pread"]
 
     def attempt(case, dice):
         name, number, _ = case

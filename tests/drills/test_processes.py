@@ -56,16 +56,17 @@ def started_aside(lab, folder):
     )
 
 
-def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campaign, quick):
+def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campaign, quick, hand):
     def attempt(life, dice):
-        lab = Watched(quick / f"life-{life}")
+        lab = Watched(quick / f"life-{life}", hand=hand)
         try:
             for _ in range(STOPS_A_LIFE):
                 lab.drop_some(dice)
                 starts = lab.whole_log.count("Longrun watches")
                 daemon = lab.start(LONGRUN_STEP_S=str(dice.choice((0.002, 0.03))))
                 lab.wait_until(lambda starts=starts: lab.whole_log.count("Longrun watches") > starts)
-                time.sleep(dice.choice((0.0, dice.uniform(0.0, 0.9))))
+                lab.let_live(dice)
+                campaign.note(f"when {lab.phase(daemon.pid)}")
                 for number in dice.choice(([signal.SIGTERM], [signal.SIGINT], [signal.SIGHUP], [signal.SIGTERM] * 2)):
                     with contextlib.suppress(ProcessLookupError):
                         daemon.send_signal(number)
@@ -86,9 +87,9 @@ def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campai
     campaign.run("a signal at any moment: exit 0, nothing saved is done again", range(STOPS), attempt, small=1)
 
 
-def test_a_worker_that_outlives_its_daemon_is_waited_for(campaign, quick):
+def test_a_worker_that_outlives_its_daemon_is_waited_for(campaign, quick, hand):
     def attempt(number, dice):
-        lab = Watched(quick / f"orphaned-{number}")
+        lab = Watched(quick / f"orphaned-{number}", hand=hand)
         try:
             for name in ("a", "b", "c"):
                 lab.drop_rows(name, dice.choice((9, 37, 60)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 
 from longrun import missing
 from longrun.errors import BadModel
@@ -14,13 +13,13 @@ from tests.drills.daemons import Watched
 LIVES, REMOVALS_A_LIFE = 125, 4  # 500 removals
 
 
-def test_a_removed_model_begins_anew_and_never_comes_back(campaign, quick):
+def test_a_removed_model_begins_anew_and_never_comes_back(campaign, quick, hand):
     def attempt(life, dice):
-        lab = Watched(quick / f"life-{life}")
+        lab = Watched(quick / f"life-{life}", hand=hand)
         try:
             daemon = lab.start(LONGRUN_STEP_S=str(dice.choice((0.002, 0.02))))
             for removal in range(REMOVALS_A_LIFE):
-                removed_once(lab, dice, f"{removal}", campaign)
+                removed_once(lab, daemon, dice, f"{removal}", campaign)
             lab.wait_until(lambda: "retry --missing" in lab.log or not missing_names(lab))
             if missing_names(lab):
                 assert lab.command("retry", "--missing").returncode == 0
@@ -37,14 +36,17 @@ def test_a_removed_model_begins_anew_and_never_comes_back(campaign, quick):
     campaign.run("2: a removed model begins anew, and no file is lost by it", range(LIVES), attempt, small=1)
 
 
-def removed_once(lab, dice, name, campaign):
+def removed_once(lab, daemon, dice, name, campaign):
     """A removal while something trains; afterwards the model has the files that came later, each row once."""
     for number in range(dice.randint(1, 3)):
         lab.drop_rows(f"before-{name}-{number}", dice.choice((7, 37, 60, 120)))
-    time.sleep(dice.uniform(0.0, 0.8))
+    lab.let_live(dice)
     before = lineage_now(lab)
+    phase = lab.phase(daemon.pid)
     subprocess.run(["rm", "-rf", lab.model], check=False, capture_output=True)
-    campaign.note("removals", before is not None)
+    if before is not None:
+        campaign.note("removals")
+        campaign.note(f"when {phase}")
     for number in range(dice.randint(1, 2)):
         lab.drop_rows(f"after-{name}-{number}", dice.choice((1, 8, 37)))
     all_trained(lab)
