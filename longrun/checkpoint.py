@@ -386,8 +386,15 @@ def publish(home: Home, checkpoint: Path) -> None:
     """Bring the files of the model folder to the state of `checkpoint`; trainer_state.json last.
 
     Each file is replaced in one step. A crash in between is repaired by the next start, which publishes
-    again.
+    again. ModelRemoved when the folder or the checkpoint goes meanwhile.
     """
+    try:
+        _publish(home, checkpoint)
+    except GONE:
+        raise ModelRemoved(f"{home.model.name}/ was removed") from None
+
+
+def _publish(home: Home, checkpoint: Path) -> None:
     names = _published_names(checkpoint)
     changed = [name for name in names if not _same(checkpoint / name, home.model / name)]
     for name in changed:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import checkpoint, config, disk, requests
 from longrun.context import Context
-from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError
+from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError, ModelRemoved
 from longrun.journal import Journal
 from longrun.ledger import Ledger
 from longrun.loop import Daemon
@@ -106,8 +106,8 @@ def check_base_model(context: Context) -> None:
     """BadConfig when training could not even begin, or would go on from another base model than was asked for."""
     try:
         newest = context.newest()
-    except (BadModel, Locked):
-        return  # a running daemon says so, and waits for a person or for the restore that has the model
+    except (BadModel, Locked, ModelRemoved):
+        return  # a running daemon says so, and waits for a person, or for the restore or removal that is under way
     if newest is not None:
         config.check_base(context.settings, newest.lineage.base_model)
         return

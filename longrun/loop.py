@@ -103,7 +103,7 @@ class Daemon:
         context = self._context
         disk.empty_folder(context.home.staging)
         self._tidy()
-        with contextlib.suppress(BadModel, Locked):  # the first tick tells
+        with contextlib.suppress(BadModel, Locked, ModelRemoved):  # the first tick tells
             context.newest()
         newest = context.seen
         if newest is not None:

@@ -338,6 +338,15 @@ def test_small_files_are_published_as_copies(home: Home) -> None:
     assert (folder / "config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("gone", ["", "checkpoint-5"])
+def test_a_publish_that_meets_a_removal_says_so(home: Home, gone: str) -> None:
+    add_checkpoint(home, 5)
+    (home.model / "model.safetensors").unlink()
+    shutil.rmtree(home.model / gone)
+    with pytest.raises(ModelRemoved, match="current_model/ was removed"):
+        checkpoint.publish(home, home.model / "checkpoint-5")
+
+
 def test_published_weights_stay_when_their_checkpoint_goes(home: Home) -> None:
     folder = add_checkpoint(home, 5)
     shutil.rmtree(folder)
