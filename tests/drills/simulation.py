@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from longrun import compose, disk, inbox, loop, wire, worker
 from longrun.home import Home
+from longrun.journal import Journal
 from longrun.ledger import Ledger
 from tests.drills import power, scripted
 from tests.drills.recorder import WRITES, Recorder
@@ -130,10 +131,7 @@ class Disk(Recorder):
         return power.nodes_of(self._nodes, self.entries)
 
     def say(self, *line: Any) -> None:
-        if line[0] == "said":
-            self.world.said.append(line[1])
-            self.world.hear(line[1])
-        else:
+        if line[0] != "said":  # the world hears it from the daemon itself
             self.entries.append(list(line))
 
     def around(self, what: str, arguments: tuple[Any, ...], options: dict[str, Any], call: Callable[[], Any]) -> Any:
@@ -264,7 +262,7 @@ class World:
         worker.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
             Popen=_processes(self), DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
         )
-        compose.Daemon = _daemons(self)  # type: ignore[misc]
+        compose.Daemon, compose.Journal = _daemons(self), _journals(self)  # type: ignore[misc]
         disk.sync_trees = lambda folders: [disk.sync_tree(folder) for folder in folders]  # no threads beside ours
         inbox.Bell = Deaf  # type: ignore[misc,assignment]
         Ledger._transaction = _transactions(self, Ledger._transaction)  # type: ignore[method-assign]
@@ -300,6 +298,16 @@ def _daemons(world: World) -> type[loop.Daemon]:
             self._ring()
 
     return Simulated
+
+
+def _journals(world: World) -> type[Journal]:
+    class Heard(Journal):
+        def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
+            super().say(event, text, level=level, **facts)
+            world.said.append({"event": event, "message": text, **facts})
+            world.hear(world.said[-1])
+
+    return Heard
 
 
 def _sockets(world: World) -> type[socket.socket]:

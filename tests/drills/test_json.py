@@ -6,10 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
 import zstandard
 
 from longrun.errors import BadFile
 from longrun.examine import examine
+from tests.drills.campaign import FULL
 from tests.lab import chat
 
 FIRST = b'{"text": "a"}\n'
@@ -109,6 +111,7 @@ def refusal(path):
 MUTATIONS, AT_ONCE = 200_000, 100
 MAX_LINE_BYTES = 5_000
 GROWTH_BYTES = 48 << 20
+MOST_BYTES = 1 << 20  # of a mutated file
 ROWS = (
     chat("Wie heißt du?", 'Longrun \U0001f600 \\ " \n'),
     {"prompt": "2 + 2 =", "completion": " 4"},
@@ -148,7 +151,8 @@ def mutated(content, others, dice):
             case 1:
                 del found[at : dice.choice((to, at + 1))]
             case 2:
-                found[at:at] = found[at:to] * dice.choice((1, 2, 50))
+                times = dice.choice((1, 2, 50)) if to - at < MOST_BYTES // 50 else 1
+                found[at:at] = found[at:to] * times
             case 3:
                 other = dice.choice(others)
                 found[at:to] = other[dice.randrange(len(other)) :]
@@ -158,7 +162,7 @@ def mutated(content, others, dice):
                 del found[to:]
             case _:
                 found[at:to] = dice.randbytes(min(to - at, 20))
-        del found[1 << 20 :]
+        del found[MOST_BYTES:]
     return bytes(found)
 
 
@@ -185,6 +189,24 @@ def test_a_mutated_file_is_read_or_refused_and_nothing_else(campaign, quick):
 
     cases = range(MUTATIONS // AT_ONCE)
     campaign.run("12: a mutated file is read or refused, in little memory", cases, attempt, small=3)
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_an_endless_line_is_refused_in_little_memory(quick, packed):
+    """In full of a gigabyte, whether or not it is packed."""
+    path = quick / f"x.jsonl{packed}"
+    opened = {"": open, ".gz": gzip.open, ".zst": zstandard.open}[packed]
+    with opened(path, "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(1024 if FULL else 64):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n')
+    before = forget_peak()
+    with pytest.raises(BadFile) as problem:
+        examine(path, on_bad_row="reject", max_line_bytes=MAX_LINE_BYTES)
+    reason = problem.value.reason()
+    assert (reason["kind"], reason.get("line")) == ("too_long", 1) or (packed and reason["kind"] == "compression")
+    assert peak_bytes() - before < GROWTH_BYTES
 
 
 def forget_peak():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ DAEMONS = 20
 RACES, STOPS, STOPS_A_LIFE, ORPHANS, CLOCKS = 100, 100, 5, 60, 40
 LIMIT_S = 60.0
 DAY_S = 86400
+MEMORY_BYTES = 200 << 20
+CGROUPS = Path("/sys/fs/cgroup")
+MEMORY_GROUP = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS  # version 1 or 2
 
 
 def test_of_many_daemons_at_once_exactly_one_runs(campaign, quick):
@@ -131,3 +135,43 @@ def test_a_clock_that_jumps_by_days_changes_nothing(campaign, quick):
             lab.close()
 
     campaign.run("a clock that jumps by a day changes nothing", range(CLOCKS), attempt, small=1)
+
+
+ENDS = {"segfault": "SIGSEGV", "eat": "SIGKILL; perhaps the system ran out of memory"}
+
+
+def test_a_file_that_ends_its_worker_is_given_up_and_the_next_one_trains(campaign, quick):
+    def attempt(how, dice):
+        with contextlib.closing(Watched(quick / how)) as lab, limited_memory() as take:
+            for name in ("before", "poison", "after"):
+                lab.drop_rows(name, dice.choice((8, 37)))
+            del lab.dropped[1]
+            lab.refused = 1
+            poison = {"at": "longrun.checkpoint:seal", "role": "worker", "about": "poison", "do": how, "nth": 0}
+            daemon = lab.start("--drain", faults=[poison])
+            take(daemon.pid)
+            assert daemon.wait(LIMIT_S) == 1, lab.log
+            reason = json.loads((lab.home / "rejected" / "poison.jsonl.reason.json").read_text())
+            assert reason["why"] == f"the worker died ({ENDS[how]}); given up after 3 attempts"
+            lab.check()
+
+    possible = os.access(MEMORY_GROUP, os.W_OK)
+    campaign.note("left out, as memory cannot be limited here", not possible)
+    cases = [how for how in ENDS if possible or how != "eat"]
+    campaign.run("11: a file that ends its worker ends no other", cases, attempt, small=2)
+
+
+@contextlib.contextmanager
+def limited_memory():
+    """Gives what puts a process, and whom it starts from then on, into a control group with little memory."""
+    if not os.access(MEMORY_GROUP, os.W_OK):
+        yield lambda process: None
+        return
+    group = MEMORY_GROUP / f"longrun-drill-{os.getpid()}"
+    group.mkdir()
+    try:
+        limit = next(name for name in ("memory.max", "memory.limit_in_bytes") if (group / name).exists())
+        (group / limit).write_text(str(MEMORY_BYTES))
+        yield lambda process: (group / "cgroup.procs").write_text(str(process))
+    finally:
+        group.rmdir()

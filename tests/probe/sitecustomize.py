@@ -2,7 +2,7 @@
 
     LONGRUN_PROBE=FOLDER   append what each training step really received to FOLDER/batches.jsonl
     LONGRUN_FAULTS=JSON    a list of {"at": "module:function", "role": "daemon|worker|preparer", "nth": 1,
-                           "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC", "row": "text", "rows_over": 0,
+                           "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC|...", "row": "text", "rows_over": 0,
                            "about": "text", "once": "name"}
     LONGRUN_CHILDREN=FILE    the program that the daemon starts as worker and preparer instead of train.py
     LONGRUN_CALL=JSON        {"role": "daemon", "nth": 5, "how": "SIGKILL", "trace": FILE}: what tests/drills/faults.py
@@ -21,6 +21,7 @@ its nth call, or every time with "nth": 0; with "once" it strikes once in all, u
     kill         this process           kill daemon   its parent           kill both   its parent, then itself
     hang         for an hour            slow          for a tenth of a second
     oom          as if a device had no memory left     device full   really (needs CUDA)
+    eat          all memory that the system gives       segfault
     remove model `rm -rf current_model/`
 """
 
@@ -107,28 +108,66 @@ def is_first(name: str | None) -> bool:
 
 
 def strike(how: str) -> None:
-    if how in ("kill daemon", "kill both"):
-        os.kill(os.getppid(), signal.SIGKILL)
-    if how in ("kill", "kill both"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif how == "kill daemon":
-        return
-    elif how == "slow":
-        time.sleep(0.1)
-    elif how == "remove model":
-        shutil.rmtree(Path(os.environ["LONGRUN_PROBE"]).parent / "current_model", ignore_errors=True)
-    elif how == "hang":
-        time.sleep(3600)
-    elif how == "oom":
-        import torch
-
-        raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
-    elif how == "device full":
-        import torch
-
-        torch.empty(1 << 48, dtype=torch.uint8, device="cuda")
-    elif how != "nan":
+    if how in STRIKES:
+        STRIKES[how]()
+    else:
         raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
+
+
+def kill_parent() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_both() -> None:
+    kill_parent()
+    kill()
+
+
+def remove_model() -> None:
+    shutil.rmtree(Path(os.environ["LONGRUN_PROBE"]).parent / "current_model", ignore_errors=True)
+
+
+def say_no_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory (as a test)")
+
+
+def fill_device() -> None:
+    import torch
+
+    torch.empty(1 << 48, dtype=torch.uint8, device="cuda")
+
+
+def eat_memory() -> None:
+    eaten = []
+    while True:
+        eaten.append(bytearray(b"x" * (1 << 20)))
+
+
+def read_nowhere() -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+STRIKES = {
+    "kill": kill,
+    "kill daemon": kill_parent,
+    "kill both": kill_both,
+    "hang": lambda: time.sleep(3600),
+    "slow": lambda: time.sleep(0.1),
+    "remove model": remove_model,
+    "oom": say_no_memory,
+    "device full": fill_device,
+    "eat": eat_memory,
+    "segfault": read_nowhere,
+    "nan": lambda: None,  # what was returned is spoilt
+}
 
 
 def told(function):
