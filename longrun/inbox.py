@@ -139,9 +139,7 @@ class Inbox:
             if self._claim_one(name, number):
                 jobs.append(claimed_job(number, name))
                 self._seen.pop(name, None)
-        if jobs:
-            disk.sync_trees([self._home.claimed(job.number) for job in jobs])
-            disk.sync_folder(self._home.inbox)
+        _make_durable(self._home, jobs)
         for number in range(first_number + len(jobs), first_number + min(len(names), CLAIM_AT_ONCE)):
             disk.remove_folder(self._home.claimed(number))
             disk.remove_folder(self._home.job(number))
@@ -211,7 +209,10 @@ def claimed_job(number: int, name: str) -> Job:
 
 
 def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
-    """Claimed files whose job folder the ledger does not know: the crash came between move and record."""
+    """Claimed files whose job folder the ledger does not know: the crash came between move and record.
+
+    Their moves are durable then: what has begun to train must not be in the inbox again after a loss of power.
+    """
     found = []
     for folder in sorted(home.jobs.iterdir()):
         if folder.name.isdecimal():
@@ -222,7 +223,14 @@ def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
                 found.append(claimed_job(number, claimed[0].name))
             elif not known(number):
                 disk.remove_tree(folder, home.staging)
+    _make_durable(home, found)
     return found
+
+
+def _make_durable(home: Home, claimed: list[Job]) -> None:
+    if claimed:
+        disk.sync_trees([home.claimed(job.number) for job in claimed])
+        disk.sync_folder(home.inbox)
 
 
 def _finish_copy(home: Home, note: Path) -> None:

@@ -372,6 +372,19 @@ def test_a_crash_after_the_copy_trains_the_file_once(
     assert claimed(home) == {"000001/x.jsonl": b"content"}
 
 
+def test_a_claim_whose_sync_failed_is_durable_before_it_is_a_job(
+    home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, disk_log: list[str]
+) -> None:
+    drop(home, "x.jsonl")
+    names = settled(box)
+    with monkeypatch.context() as patched, pytest.raises(PermissionError):
+        patched.setattr(disk, "sync_trees", lambda folders: refuse() if "claimed" in str(folders) else None)
+        box.claim(names, 1)
+    disk_log.clear()
+    assert [job.name for job in inbox.unrecorded(home, lambda _: None)] == ["x.jsonl"]
+    assert disk_log == ["sync x.jsonl", "sync claimed", "sync inbox"]
+
+
 @pytest.mark.parametrize("crash_at", ["write_file", "copy_file", "move"])
 def test_a_crash_before_the_copy_is_whole_leaves_the_original(
     home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, crash_at: str
