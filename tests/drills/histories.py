@@ -286,15 +286,20 @@ class History:
                     daemon.count_signal()
                 asked.add(daemon)
             self._until(lambda: not asked.issuperset(self.world.daemons()) or not self.world.living("daemon"))
-        self._drain()
+        if self._drain() and self._removed:
+            self.remove_model()  # as the daemon says: of a removal that was cut off nobody knows what it was to be
+            self._until(lambda: not self.world.living("user"))
+            self._drain()
         if missing.jobs(self.home):
             self.take_back()
             self._until(lambda: not self.world.living("user"))
             self._drain()
 
-    def _drain(self) -> None:
-        daemon = self._start(drain=True)
+    def _drain(self) -> bool:
+        """Whether the daemon could not go on from the model."""
+        daemon, told = self._start(drain=True), len(self.world.said)
         self._until(lambda: daemon.over)
+        return any("cannot go on from" in facts["message"] for facts in self.world.said[told:])
 
     def _until(self, what: Callable[[], bool]) -> None:
         for _ in range(PATIENCE):
