@@ -472,7 +472,7 @@ def holder(path: Path) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = _open_to_try(path)
     except FileNotFoundError:
         yield None
         return
@@ -490,6 +490,16 @@ def _open_lock(path: Path, *, shared: bool) -> int:
             raise
         # What is only read may lie where nothing can be written, or was copied there without its lock.
         return os.open(path if path.exists() else path.parent, os.O_RDONLY)
+
+
+def _open_to_try(path: Path) -> int:
+    """NFS gives its locks only to who may write; where nothing can be written, the local ones need no more than this."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _try_flock(descriptor: int, *, shared: bool = False) -> bool:
