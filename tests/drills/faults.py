@@ -24,6 +24,7 @@ OF_OS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "chmod", "utime"),
     *("fsync", "fdatasync", "write", "pwrite", "pread", "truncate", "ftruncate", "copy_file_range"),
 )
+NO_DISK = ("pipe:[", "socket:[")  # a write there is told to somebody, and cannot be refused as a disk refuses
 KILL = "SIGKILL"
 EVER_AFTER = " ever after"  # from the nth call on: a disk that has died, or is full and stays so
 
@@ -88,8 +89,11 @@ class Faults(Calls):
         return call()
 
     def reached(self, what: str, *about: Any) -> None:
+        places = [*filter(None, map(_place, about))]
+        if places and places[0].startswith(NO_DISK):
+            return
         with self._guard:
-            self.trace.append(" ".join([what, *filter(None, map(_place, about))]))
+            self.trace.append(" ".join([what, *places]))
             count = len(self.trace)
         name = self.how.removesuffix(EVER_AFTER)
         if count == self.nth or (name != self.how and self.nth and count > self.nth):
