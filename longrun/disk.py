@@ -493,7 +493,7 @@ def _open_lock(path: Path, *, shared: bool) -> int:
 
 
 def _open_to_try(path: Path) -> int:
-    """NFS gives its locks only to who may write; where nothing can be written, the local ones need no more than this."""
+    """NFS gives locks only to who may write; where nothing can be written, others need no more than this."""
     try:
         return os.open(path, os.O_RDWR)
     except OSError as error:

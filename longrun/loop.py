@@ -76,8 +76,9 @@ class Daemon:
                 while not self.tick(time.monotonic()):
                     self._wait()
             except Exception as error:
+                why = str(error) if isinstance(error, OSError) else repr(error)
                 self._context.say(
-                    "failed", f"cannot go on: {error!r}. The next start finds everything as it is", level="error"
+                    "failed", f"cannot go on: {why}. The next start finds everything as it is", level="error"
                 )
                 raise
             finally:

@@ -12,8 +12,10 @@ import fcntl
 import functools
 import io
 import os
+import random
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ OF_OS = (
 )
 NO_DISK = ("pipe:[", "socket:[")  # a write there is told to somebody, and cannot be refused as a disk refuses
 KILL = "SIGKILL"
+SLOW, SLOW_S = "slow", 0.3  # the call takes up to so much longer
 EVER_AFTER = " ever after"  # from the nth call on: a disk that has died, or is full and stays so
 
 
@@ -78,7 +81,7 @@ class Calls:
 
 
 class Faults(Calls):
-    """What happens at which call. `how` is "SIGKILL" or the name of an errno; the nth call counts from 1."""
+    """What happens at which call. `how` is "SIGKILL", "slow" or the name of an errno; the nth call counts from 1."""
 
     def __init__(self, nth: int, how: str, trace: list[str]) -> None:
         self.nth, self.how, self.trace = nth, how, trace
@@ -99,6 +102,9 @@ class Faults(Calls):
         if count == self.nth or (name != self.how and self.nth and count > self.nth):
             if name == KILL:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name == SLOW:
+                time.sleep(random.uniform(0.0, SLOW_S))
+                return
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     def install(self) -> None:
