@@ -49,7 +49,7 @@ def test_a_ledger_that_is_struck_at_a_call_of_its_own_loses_nothing(campaign, qu
         finally:
             lab.close()
 
-    campaign.run("3, 4: killed or refused at a call of SQLite's", cases, attempt, small=2)
+    campaign.run("3, 4: killed or refused at a call of SQLite's", cases, attempt, small=1)
 
 
 def cases_of_calls(home):
