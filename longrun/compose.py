@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
@@ -44,20 +45,23 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
         check_one_file_system(home)
         wait_for_former_worker(home)
         ledger = Ledger.open(home.ledger)
-        notifier = Notifier()
-        context = Context(
-            home=home,
-            home_id=identify(home, ledger),
-            settings=settings,
-            flags=flags,
-            ledger=ledger,
-            journal=Journal(home, settings.log),
-            verifier=checkpoint.Verifier(notifier.patience),
-            notifier=notifier,
-        )
         try:
+            notifier = Notifier()
+            context = Context(
+                home=home,
+                home_id=identify(home, ledger),
+                settings=settings,
+                flags=flags,
+                ledger=ledger,
+                journal=Journal(home, settings.log),
+                verifier=checkpoint.Verifier(notifier.patience),
+                notifier=notifier,
+            )
             check_base_model(context)
             clean = Daemon(context, drain=drain or by_hand is not None, by_hand=by_hand).run()
+        except sqlite3.Error as error:
+            why = f"cannot go on: the ledger {home.ledger}: {error}"
+            raise LongrunError(why, hint="start again; a ledger that was moved away is made anew") from error
         finally:
             ledger.close()
     return ExitCode.OK if clean or not (drain or by_hand) else ExitCode.FAILURE

@@ -24,12 +24,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
+# Errors that no file is to blame for: they pass, or a person mends them, and until then every file meets them.
+NO_FILES_FAULT = FULL | {errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 FICLONE = 0x40049409  # ioctl_ficlone(2): share blocks, copy on write
 CHUNK_BYTES = 1 << 18  # stays in the processor's cache: faster than larger buffers, measured
 COPY_BYTES = 1 << 23  # asked of the kernel at once, and hashed while it is still in memory
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # renameat2(2)
 # How a file system says that it cannot clone, copy in the kernel or exchange; anything else is a failure.
 CANNOT = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
+
+
+class Refused(OSError):
+    """What a child was refused, in its words; for the daemon it is as if there were no room."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.ENOSPC, why)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def sync_file(path: Path) -> None:
@@ -472,7 +484,7 @@ def holder(path: Path) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = _open_to_try(path)
     except FileNotFoundError:
         yield None
         return
@@ -490,6 +502,16 @@ def _open_lock(path: Path, *, shared: bool) -> int:
             raise
         # What is only read may lie where nothing can be written, or was copied there without its lock.
         return os.open(path if path.exists() else path.parent, os.O_RDONLY)
+
+
+def _open_to_try(path: Path) -> int:
+    """NFS gives locks only to who may write; where nothing can be written, others need no more than this."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _try_flock(descriptor: int, *, shared: bool = False) -> bool:

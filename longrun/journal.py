@@ -66,8 +66,27 @@ class Journal:
             self._bar.close()
 
 
+class _Rotated(logging.handlers.RotatingFileHandler):
+    """A log that cannot be written, as on a full disk: stderr has each line, and is told once that the log has not."""
+
+    _fails = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        self._fails = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._fails:
+            sys.stderr.write(f"{self.baseFilename} cannot be written: {error}\n")
+        self._failed = True
+
+
 def _handlers(home: Home, settings: LogSettings) -> list[logging.Handler]:
-    rotated = logging.handlers.RotatingFileHandler(
+    rotated = _Rotated(
         home.log,
         maxBytes=settings.max_bytes,
         backupCount=settings.keep,

@@ -34,13 +34,15 @@ class Ledger:
         """The ledger at `path`, made if missing; a file that is no database is refused, never overwritten."""
         try:
             return cls(_connect(path))
+        except sqlite3.OperationalError as error:  # no room, no right, locked: it may be mended without a word to us
+            raise LongrunError(
+                f"cannot open the ledger {path}: {error}",
+                hint=f"see to it that {path.parent} can be written and has room",
+            ) from None
         except sqlite3.DatabaseError as error:
-            damaged = not isinstance(error, sqlite3.OperationalError)  # else: no room, no right, locked
             raise BadConfig(
                 f"cannot open the ledger {path}: {error}",
-                hint=f"move it away (mv {path} {path}.damaged); it is rebuilt from the model and state/jobs/"
-                if damaged
-                else f"see to it that {path.parent} can be written and has room",
+                hint=f"move it away (mv {path} {path}.damaged); it is rebuilt from the model and state/jobs/",
             ) from None
 
     @classmethod

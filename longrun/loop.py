@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, missing, requests, status
-from longrun.errors import BadModel, Locked, LongrunError, ModelRemoved
+from longrun.errors import BadModel, Locked, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
 from longrun.recovery import Recovery
@@ -71,16 +71,14 @@ class Daemon:
         Whether all went well: no file was rejected and, by hand, none was left for later.
         """
         with self._signals_handled():
-            self._start()
             try:
+                self._start()
                 while not self.tick(time.monotonic()):
                     self._wait()
-            except sqlite3.Error as error:
-                why = f"cannot go on: the ledger {self._context.home.ledger}: {error}"
-                raise LongrunError(why, hint="start again; a ledger that was moved away is made anew") from error
             except Exception as error:
+                why = str(error) if isinstance(error, OSError) else repr(error)
                 self._context.say(
-                    "failed", f"cannot go on: {error!r}. The next start finds everything as it is", level="error"
+                    "failed", f"cannot go on: {why}. The next start finds everything as it is", level="error"
                 )
                 raise
             finally:
@@ -155,8 +153,9 @@ class Daemon:
         self._runs.abandon()
         self._preparation.preparer.kill()
         self._scheduled.abandon()
-        requests.clear(self._context.home, requests.STOP)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the next start clears it; why this one ends must not be hidden
+            requests.clear(self._context.home, requests.STOP)
+        with contextlib.suppress(OSError, sqlite3.Error):
             status.write(self._context.home, self._facts())
         self._context.say("end", "Longrun has stopped")
 

@@ -6,7 +6,6 @@ shortly before its turn, because tokens take room.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -200,11 +199,7 @@ class Preparation:
         """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
         if failure.kind in ("disk", "base model"):
             self.preparer.kill()
-            raise (
-                OSError(errno.ENOSPC, failure.why)
-                if failure.kind == "disk"
-                else BadModel(failure.why, hint=failure.hint)
-            )
+            raise disk.Refused(failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint)
         self._count_attempt(job, failure.why)
 
     def _died(self, how: str) -> None:

@@ -7,13 +7,12 @@ saved nothing new; in every case the next run goes on from the newest verified c
 
 from __future__ import annotations
 
-import errno
 import json
 import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, fitting, wire
+from longrun import checkpoint, disk, fitting, wire
 from longrun.errors import BadFile, BadModel, ModelRemoved
 from longrun.job import Job, JobState
 from longrun.plan import Plan, make_plan
@@ -448,7 +447,7 @@ class Runs:
             self._context.reject(run.job, reason | {"fix": failure.hint})
         elif failure.kind == "disk":
             self._context.ledger.move(run.job, JobState.QUEUED)
-            raise OSError(errno.ENOSPC, failure.why)
+            raise disk.Refused(failure.why)
         elif failure.kind == "base model":
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise BadModel(failure.why, hint=failure.hint)

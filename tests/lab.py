@@ -45,6 +45,8 @@ class Lab:
         self.home = home
         self.inbox = home / "inbox"
         self.model = home / "current_model"
+        self.stderr = home / "stderr.log"
+        self.under: tuple[str | Path, ...] = ()  # the command that the daemon is started by
         self.daemons: list[Any] = []
         if not fresh:  # somebody else's home, only looked at
             return
@@ -69,14 +71,15 @@ class Lab:
     # -- running
 
     def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
-        command = [sys.executable, str(REPOSITORY / "daemon.py"), "--home", str(self.home), "run", *arguments]
-        log = (self.home / "stderr.log").open("a")
-        daemon = subprocess.Popen(
+        daemon = (sys.executable, REPOSITORY / "daemon.py", "--home", self.home, "run")
+        command = [*map(str, (*self.under, *daemon, *arguments))]
+        log = self.stderr.open("a")
+        process = subprocess.Popen(
             command, env=self.environment(faults, **environment), stdout=log, stderr=log, text=True, cwd=self.home
         )
         log.close()
-        self.daemons.append(daemon)
-        return daemon
+        self.daemons.append(process)
+        return process
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LONGRUN_")}

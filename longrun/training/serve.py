@@ -90,7 +90,7 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
         )
     if isinstance(error, ModelRemoved):
         return wire.Failed(job=job, kind="model removed", why=said)
-    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in disk.FULL):
+    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in disk.NO_FILES_FAULT):
         return wire.Failed(job=job, kind="disk", why=said)
     if isinstance(error, BadConfig):
         return wire.Failed(job=job, kind="base model", why=error.message, hint=error.hint)
@@ -125,7 +125,7 @@ class Preparer:
         except BadConfig as error:
             return wire.Failed(job=task.job, kind="base model", why=error.message, hint=error.hint)
         except OSError as error:
-            kind = "disk" if error.errno in disk.FULL else "crash"
+            kind = "disk" if error.errno in disk.NO_FILES_FAULT else "crash"
             return wire.Failed(job=task.job, kind=kind, why=str(error))
 
     def _examine(self, task: wire.Examine) -> wire.Examined:

@@ -12,8 +12,10 @@ import fcntl
 import functools
 import io
 import os
+import random
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,9 @@ OF_OS = (
     *("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "chmod", "utime"),
     *("fsync", "fdatasync", "write", "pwrite", "pread", "truncate", "ftruncate", "copy_file_range"),
 )
+NO_DISK = ("pipe:[", "socket:[")  # a write there is told to somebody, and cannot be refused as a disk refuses
 KILL = "SIGKILL"
+SLOW, SLOW_S = "slow", 0.3  # the call takes up to so much longer
 EVER_AFTER = " ever after"  # from the nth call on: a disk that has died, or is full and stays so
 
 
@@ -77,7 +81,7 @@ class Calls:
 
 
 class Faults(Calls):
-    """What happens at which call. `how` is "SIGKILL" or the name of an errno; the nth call counts from 1."""
+    """What happens at which call. `how` is "SIGKILL", "slow" or the name of an errno; the nth call counts from 1."""
 
     def __init__(self, nth: int, how: str, trace: list[str]) -> None:
         self.nth, self.how, self.trace = nth, how, trace
@@ -89,15 +93,19 @@ class Faults(Calls):
         return call()
 
     def reached(self, what: str, *about: Any) -> None:
-        if os.getpid() != self._process:  # a fork has calls of its own
+        places = [*filter(None, map(_place, about))]
+        if os.getpid() != self._process or (places and places[0].startswith(NO_DISK)):  # a fork has calls of its own
             return
         with self._guard:
-            self.trace.append(" ".join([what, *filter(None, map(_place, about))]))
+            self.trace.append(" ".join([what, *places]))
             count = len(self.trace)
         name = self.how.removesuffix(EVER_AFTER)
         if count == self.nth or (name != self.how and self.nth and count > self.nth):
             if name == KILL:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if name == SLOW:
+                time.sleep(random.uniform(0.0, SLOW_S))
+                return
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
     def install(self) -> None:

@@ -152,7 +152,7 @@ def _in_words(trainer: Worker, task: wire.Train) -> wire.Message:
     except checkpoint.Damaged as error:
         return wire.Failed(job=job, kind="crash", why=str(error))
     except OSError as error:
-        return wire.Failed(job=job, kind="disk" if error.errno in disk.FULL else "crash", why=str(error))
+        return wire.Failed(job=job, kind="disk" if error.errno in disk.NO_FILES_FAULT else "crash", why=str(error))
 
 
 def prepare(socket: Path) -> None:
@@ -166,7 +166,7 @@ def prepare(socket: Path) -> None:
                 except BadFile as error:
                     channel.send(wire.Refused(job=message.job, reason=error.reason()))
                 except OSError as error:
-                    kind = "disk" if error.errno in disk.FULL else "crash"
+                    kind = "disk" if error.errno in disk.NO_FILES_FAULT else "crash"
                     channel.send(wire.Failed(job=message.job, kind=kind, why=str(error)))
 
 

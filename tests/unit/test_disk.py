@@ -495,6 +495,22 @@ def test_a_note_that_says_nothing_is_still_a_held_lock(tmp_path: Path, note: byt
             disk.Lock.take(tmp_path / "lock", what="y", wait_s=0)
 
 
+def test_the_holder_is_told_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.open
+
+    def read_only(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return really(path, flags, *rest, **options)
+
+    with disk.Lock.take(tmp_path / "lock", what="x"):
+        monkeypatch.setattr(os, "open", read_only)
+        found = disk.holder(tmp_path / "lock")
+    assert found is not None
+    assert found["what"] == "x"
+    assert disk.holder(tmp_path / "lock") is None
+
+
 def test_a_lock_can_be_taken_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
     with disk.Lock.take(tmp_path / "lock", what="x"):

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,23 @@ def test_an_event_is_one_line_for_people_and_one_for_machines(
     assert line.endswith(f" WARNING {SAFE} is rejected\n")
     (event,) = events(home)
     assert (event["event"], event["level"], event["file"], event["job"]) == ("rejected", "warning", EVIL, 7)
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_misses_nothing(
+    home: Home, open_journal: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.log.symlink_to("/dev/full")
+    journal = open_journal()
+    journal.say("planned", "first")
+    journal.say("saved", "second")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3
+    assert re.search(r" first\n.*daemon.log cannot be written: .*No space left on device\n.* second\n", told)
+    (rotated,) = [handler for handler in logging.getLogger("longrun").handlers if hasattr(handler, "baseFilename")]
+    with (home.root / "room").open("wb") as room:
+        os.dup2(room.fileno(), rotated.stream.fileno())
+    journal.say("saved", "third")
+    assert [line[-5:] for line in (home.root / "room").read_text().splitlines()] == ["first", "econd", "third"]
 
 
 def test_percent_signs_are_only_letters(home: Home, open_journal: Callable[..., Journal]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from longrun.errors import BadConfig, LongrunError
+from longrun.errors import BadConfig, ExitCode, LongrunError
 from longrun.job import JobState
 from longrun.ledger import Ledger
 from tests.unit.builders import job
@@ -104,9 +104,10 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_was(path: Path, co
     assert path.read_bytes() == content
 
 
-def test_a_ledger_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match=r"unable to open database file.* can be written and has room"):
+def test_a_ledger_that_cannot_be_opened_is_not_called_damaged_and_may_be_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(LongrunError, match=r"unable to open database file.* can be written and has room") as told:
         Ledger.open(tmp_path / "absent" / "ledger.sqlite3")
+    assert told.value.exit_code == ExitCode.FAILURE  # after 78 no system starts it again, though there may be room
 
 
 def test_others_may_read_during_a_write(ledger: Ledger, path: Path) -> None:
