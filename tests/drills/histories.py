@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STEPS = 400
 PATIENCE = 30_000  # steps in which all must be done once nothing befalls the home any more
+PIECE_BYTES = 500
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, errno.EMFILE)
 SOME = {"worker.max_attempts": 1000}  # a worker that is struck often is no reason to give a file up
 
@@ -361,11 +362,11 @@ class Judged(Watched):
 
 
 def pieces(content: bytes) -> Iterator[bytes]:
-    """Cut where the file would not end well: in no case after a row."""
+    """Cut where the file would not end well: in no case before or after the end of a line."""
     start = 0
     while start < len(content):
-        end = start + 500
-        while content[end - 2 : end].count(b"\n"):
+        end = start + PIECE_BYTES
+        while end < len(content) and b"\n" in content[end - 1 : end + 1]:
             end -= 1
         yield content[start:end]
         start = end
