@@ -98,19 +98,32 @@ def aside(path: Path) -> Path:
 
 def write_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace `path` by `content` in one step. `durable=False` is for what is only a note, such as status."""
-    temporary = aside(path)
-    try:
+    with _made_aside(path) as temporary:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     if durable:
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _made_aside(path: Path) -> Iterator[Path]:
+    """The name that something has until it is whole; there is nothing under it if that fails.
+
+    The error tells of `path` then: the other name says nothing to a reader, and would be new at each attempt.
+    """
+    temporary = aside(path)
+    try:
+        yield temporary
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename = os.fspath(path)
+            del error.filename2
+        raise
 
 
 def rename(source: Path, target: Path) -> None:
@@ -144,14 +157,10 @@ def rename_into(source: Path, name: str, folder: int) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of `source` to a new file at `target`, complete or absent."""
-    temporary = aside(target)
-    try:
+    with _made_aside(target) as temporary:
         shutil.copyfile(source, temporary)
         sync_file(temporary)
         rename(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def share_file(source: Path, target: Path) -> None:

@@ -57,6 +57,14 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(
     assert names(tmp_path) == ["x"]
 
 
+def test_a_write_that_is_refused_tells_of_the_file_that_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for write in (lambda: disk.write_file(tmp_path / "x", b""), lambda: disk.copy_file(Path(__file__), tmp_path / "x")):
+        with pytest.raises(IsADirectoryError) as refused:
+            write()
+        assert str(refused.value) == f"[Errno 21] Is a directory: '{tmp_path / 'x'}'"
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "\N{EURO SIGN}" * 85, "\udcff" * 255])
 def test_the_longest_names_have_room_for_a_name_aside(tmp_path: Path, name: str) -> None:
     disk.write_file(tmp_path / name, b"content")
