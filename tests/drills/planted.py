@@ -219,6 +219,27 @@ FAULTS = (
         "unit/test_lineage.py",
     ),
     Fault(
+        "a claim that was cut off is a job before it is durable",
+        "longrun/inbox.py",
+        "    _make_durable(home, found)\n    return found",
+        "    return found",
+        "unit/test_inbox.py",
+    ),
+    Fault(
+        "a model published into its own removal",
+        "longrun/checkpoint.py",
+        "    try:\n        _publish(home, checkpoint)\n    except GONE:",
+        "    try:\n        _publish(home, checkpoint)\n    except ():",
+        "unit/test_checkpoint.py",
+    ),
+    Fault(
+        "a file rejected for what the system refused",
+        "longrun/disk.py",
+        "NO_FILES_FAULT = FULL | {errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}",
+        "NO_FILES_FAULT = FULL",
+        "training/test_serve.py",
+    ),
+    Fault(
         "a backup listed before its contents are durable",
         "longrun/store.py",
         "        self._sync()\n        papers = self.folder / manifest.id\n        papers.mkdir()\n"

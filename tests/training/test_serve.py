@@ -1,0 +1,48 @@
+"""What the children call a failure: the daemon counts an attempt of the file, or waits until it is mended."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from longrun import examine, wire
+from longrun.training import serve
+
+NO_FILES_FAULT = ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
+PERHAPS_A_FILES = ("EIO", "EACCES", "EISDIR")
+KINDS = dict.fromkeys(NO_FILES_FAULT, "disk") | dict.fromkeys(PERHAPS_A_FILES, "crash")
+
+
+def refused(name):
+    number = getattr(errno, name)
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_the_worker_tells_what_no_file_is_to_blame_for(name, kind):
+    task = wire.Train(
+        plan={"job": 7},
+        prepared="",
+        checkpoint=None,
+        lineage="",
+        base_model="",
+        save_steps=1,
+        save_total_limit=1,
+        logging_steps=1,
+        row_log=False,
+    )
+    failed = serve._in_words(task, refused(name))
+    assert (failed.job, failed.kind) == (7, kind)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_the_preparer_tells_what_no_file_is_to_blame_for(monkeypatch, name, kind):
+    def fail(*_, **__):
+        raise refused(name)
+
+    monkeypatch.setattr(examine, "examine", fail)
+    task = wire.Examine(job=7, path="x.jsonl", on_bad_row="reject", max_line_bytes=100)
+    failed = serve.Preparer(channel=None).do(task)
+    assert (failed.job, failed.kind) == (7, kind)
