@@ -230,6 +230,7 @@ def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
 def _make_durable(home: Home, claimed: list[Job]) -> None:
     if claimed:
         disk.sync_trees([home.claimed(job.number) for job in claimed])
+        disk.make_folder(home.inbox)  # a person may have removed it
         disk.sync_folder(home.inbox)
 
 

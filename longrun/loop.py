@@ -117,13 +117,17 @@ class Daemon:
 
     def _tidy(self) -> None:
         """Finish what was cut off between a move and its record, or between a record and its move."""
+        with self._inbox_that_may_go():
+            self._context.ledger.claim(inbox.unrecorded(self._context.home, self._context.ledger.get))
+            self._put_away_finished()
+            self._untidy = False
+
+    def _put_away_finished(self) -> None:
         context = self._context
-        context.ledger.claim(inbox.unrecorded(context.home, context.ledger.get))
         for folder in sorted(context.home.jobs.iterdir()):
             job = context.ledger.get(int(folder.name)) if folder.name.isdecimal() else None
             if job is not None and job.state in FINAL:
                 archive.put_away(context.home, job)
-        self._untidy = False
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
         """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
@@ -252,8 +256,13 @@ class Daemon:
     # -- files in
 
     def _claim_settled(self, now: float) -> None:
-        if not self._scans or now < self._next_scan:
-            return
+        if self._scans and now >= self._next_scan:
+            self._next_scan = now + self._context.settings.inbox.scan_s
+            with self._inbox_that_may_go():
+                self._take_in(now)
+                self._context.solved("inbox")
+
+    def _take_in(self, now: float) -> None:
         self._context.home.inbox.mkdir(exist_ok=True)
         self._bell.check()
         self._inbox.settings = self._context.settings.inbox
@@ -263,6 +272,20 @@ class Daemon:
         self._scanned = True
         more = len(settled) > inbox.CLAIM_AT_ONCE
         self._next_scan = now if more else now + self._inbox.next_look(now)
+
+    @contextlib.contextmanager
+    def _inbox_that_may_go(self) -> Iterator[None]:
+        """People remove and replace the inbox at any moment: the next look makes it anew, or tells why it cannot."""
+        place = self._context.home.inbox
+        try:
+            yield
+        except OSError as error:
+            if error.filename != os.fspath(place):
+                raise
+            self._untidy = True  # it may have gone between a move and its record
+            if error.errno != errno.ENOENT:
+                why = f"cannot take files from {place}: {error.strerror}. Make it a folder that can be read and written"
+                self._context.problem("inbox", why)
 
     @property
     def _scans(self) -> bool:

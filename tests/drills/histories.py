@@ -110,7 +110,7 @@ class History:
     def _what_befalls(self) -> list[Callable[[], None]]:
         drops = [self.drop_whole, self.drop_slowly, self.drop_bad]
         deaths = [self.kill_daemon, self.kill_daemon_alone, self.kill_worker, self.kill_preparer, self.kill_user]
-        operators = [self.pause, self.stop, self.signal, self.start_second, self.edit, self.ring]
+        operators = [self.pause, self.stop, self.signal, self.start_second, self.edit, self.ring, self.remove_inbox]
         disks = [self.trouble, self.lose_power]
         return [*drops, *drops, *deaths, self.hang_worker, *operators, *disks, self.remove_model, self.take_back]
 
@@ -215,6 +215,10 @@ class History:
     def ring(self) -> None:
         for daemon in self.world.daemons():
             daemon._ring()
+
+    def remove_inbox(self) -> None:
+        """When it is empty; the daemon makes it anew."""
+        self._ask(lambda: self.home.inbox.rmdir())
 
     def edit(self) -> None:
         """Another batch size and other moments of saving, from the next file on."""
@@ -326,7 +330,7 @@ class History:
         assert not lost, f"{lost.total()} files are lost"
         refused = [path for path in self.home.rejected.iterdir() if path.name.endswith(".jsonl")]
         assert not [path.name for path in refused if path.read_bytes() in self._good], "a good file is rejected"
-        left = {path.name for path in self.home.inbox.iterdir() if not path.name.endswith(".tmp")}
+        left = {path.name for path in self.home.inbox.glob("*") if not path.name.endswith(".tmp")}
         assert not left, f"in the inbox: {left}"
         assert not list(self.home.jobs.iterdir()), "a job's folder is left"
         assert self._lineage not in self._buried, "a removed model has come back"

@@ -81,6 +81,16 @@ def linked(lab):
     lab.inbox.symlink_to(elsewhere)
 
 
+def not_a_folder(lab):
+    """The daemon tells so, and waits for a folder."""
+    said = lab.log.count("cannot take files from")
+    lab.inbox.rename(lab.home / f"former-{time.monotonic_ns()}")
+    lab.inbox.write_text("")
+    lab.wait_until(lambda: lab.log.count("cannot take files from") > said)
+    lab.inbox.unlink()
+    lab.wait_until(lambda: lab.log.count("inbox: solved") > said)
+
+
 def replaced_by_a_full_one(lab):
     """What is in the folder that takes the inbox's place has arrived, too."""
     fresh = lab.home / "fresh"
@@ -101,6 +111,7 @@ TROUBLES = {
     "the inbox is removed": (removed, []),
     "the inbox is renamed and made again": (replaced, []),
     "the inbox becomes a link": (linked, []),
+    "the inbox is no folder": (not_a_folder, []),
     "the inbox is replaced by a full one": (replaced_by_a_full_one, []),
     "the watcher dies of an exception": (lambda lab: None, DEATHS),
     "there are no inotify instances": (lambda lab: None, NO_INSTANCE),

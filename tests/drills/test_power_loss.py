@@ -169,7 +169,7 @@ class Survivor(Watched):
         Lab.__init__(self, home, fresh=False)
         self.said = said
         self.probe = home / "probe"
-        self.told = ""
+        self.told, self.hand = "", None
 
     def recover(self, hand):
         """A start without any help finds everything again and trains what was not."""
