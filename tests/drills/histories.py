@@ -281,7 +281,8 @@ class History:
         self._tell("recovery")
         self.world.disk.trouble = None
         for task in self.world.living("worker"):
-            task.hung = False
+            if task.hung and task.parent and task.parent.over:
+                task.kill()  # as the daemon that waits for it says
         self._until(lambda: not self.world.living("user"))
         requests.clear(self.home, requests.PAUSE)
         asked: set[Any] = set()

@@ -53,6 +53,7 @@ class Task:
     def __init__(self, world: World, name: str, body: Callable[[], Any]) -> None:
         self.name = name
         self.number = world.born = world.born + 1
+        self.parent = world.current
         self.dead = self.over = self.hung = False
         self.error: BaseException | None = None
         self.result: Any = None
