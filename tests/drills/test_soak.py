@@ -21,6 +21,7 @@ from tests.lab import Lab, numbered
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable
 
 FILES, MINUTES = (500, 60) if FULL else (6, 0)
 KILLED_UNTIL = {"daemon": FILES // 5, "worker": FILES * 2 // 5}  # files; from there on it lives to the end
@@ -72,6 +73,7 @@ class Soaked(Watched):
         super().__init__(home, **SETTINGS)
         self.dice = dice
         self.befell: collections.Counter[str] = collections.Counter()
+        self.deck: list[Callable[[str], None]] = []
         self.samples: list[dict[str, tuple[int, int]]] = []  # after each file: {what: (whose, bytes)}
 
     def environment(self, faults=None, **extra):
@@ -85,8 +87,8 @@ class Soaked(Watched):
 
     def one_more(self, number: int) -> None:
         """A file comes, something happens, and in the end it is trained."""
-        befall = self.dice.choice(self._what_may_befall(number)) if not FULL or number % 2 else None
-        if befall:
+        if not FULL or number % 2:
+            befall = self._drawn(number)
             self.befell[befall.__name__.replace("_", " ")] += 1
             befall(f"file-{number:04d}")
         else:
@@ -94,11 +96,17 @@ class Soaked(Watched):
         self.wait_until(self._all_done)
         self.measure()
 
-    def _what_may_befall(self, number: int):
+    def _drawn(self, number: int) -> Callable[[str], None]:
+        """What befalls next: each thing as often as the others, while it may."""
         killed = {"daemon": self.a_kill_of_the_daemon, "worker": self.a_kill_of_the_worker}
         kills = [kill for who, kill in killed.items() if number < KILLED_UNTIL[who]]
-        return [*kills, self.inbox_removed, self.inbox_replaced, self.a_bad_file, self.a_slow_writer,
-                self.a_stop_of_the_worker, self.a_pause, self.an_edit_of_the_settings, self.three_at_once]  # fmt: skip
+        others = [
+            *(self.inbox_removed, self.inbox_replaced, self.a_bad_file, self.a_slow_writer, self.a_pause),
+            *(self.a_stop_of_the_worker, self.an_edit_of_the_settings, self.three_at_once),
+        ]
+        if not self.deck:
+            self.deck = self.dice.sample([*kills, *others], k=len(kills) + len(others))
+        return self.deck.pop()
 
     def _all_done(self) -> bool:
         done = len(self.names("trained")) == len(self.dropped) and len(self.names("rejected")) == 2 * self.refused
