@@ -22,6 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("LONGRUN_FUZZ", REPOSITORY / ".fuzz")).absolute()
 CORPUS, FINDINGS = FOLDER / "corpus", FOLDER / "findings"
+PREFIX = "longrun-drill-"
 MINUTES = 60.0
 MAX_BYTES = 20_000
 INPUT_S, MEMORY_MIB = 20, 4096  # of one input, of the process: libFuzzer's own limits, which end it
@@ -55,7 +56,7 @@ def fuzz(seconds: float) -> int:
     before, end = set(FINDINGS.iterdir()), time.monotonic() + seconds
     executed, reached, ended = 0, 0, 0
     while (left_s := end - time.monotonic()) > 5:
-        with (FOLDER / "log.txt").open("w") as log, tempfile.TemporaryDirectory(dir=fastest()) as home:
+        with (FOLDER / "log.txt").open("w") as log, tempfile.TemporaryDirectory(dir=fastest(), prefix=PREFIX) as home:
             child = [sys.executable, "-m", "tests.drills.fuzz", "--led", str(left_s), home]
             code = subprocess.run(child, cwd=REPOSITORY, stdout=log, stderr=log, check=False).returncode
         said = (FOLDER / "log.txt").read_text(errors="replace")
@@ -101,7 +102,9 @@ def led(seconds: float, home: Path) -> None:
     def check(content: bytes) -> None:
         try:
             held.check(content)
-        except Exception as error:  # noqa: BLE001 - kept, so that it can look for the next
+        except Exception as error:
+            if not home.exists():  # somebody tidied up: no input's fault, and the next would say the same
+                raise
             keep(content, error)
 
     def mutate(content: bytes, most: int, seed: int) -> bytes:
