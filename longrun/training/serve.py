@@ -153,6 +153,7 @@ class Preparer:
 def preparer(socket: Path) -> None:
     """Examine and prepare files, until the daemon is gone. Heavy imports come with the first file to tokenise."""
     be_a_child()
+    disk.return_large_blocks()
     channel = wire.connect(socket)
     channel.send(wire.Hello(pid=os.getpid(), role="preparer"))
     work = Preparer(channel)
