@@ -71,11 +71,14 @@ class Inbox:
         return sorted(self._written)
 
     def scan(self, now: float) -> list[str]:
-        """Look at every entry; the names that have settled, oldest first."""
+        """Look at every entry; the names that have settled, oldest first.
+
+        Somebody may remove the inbox at any moment: nothing is in it then, and the next look makes it again.
+        """
         self._home.inbox.mkdir(exist_ok=True)
         present: dict[str, Signature] = {}
         listed = set()
-        with os.scandir(self._home.inbox) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._home.inbox) as entries:
             for entry in entries:
                 listed.add(entry.name)
                 if self._is_candidate(entry):
@@ -141,7 +144,8 @@ class Inbox:
                 self._seen.pop(name, None)
         if jobs:
             disk.sync_trees([self._home.claimed(job.number) for job in jobs])
-            disk.sync_folder(self._home.inbox)
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, and all names in it
+                disk.sync_folder(self._home.inbox)
         for number in range(first_number + len(jobs), first_number + min(len(names), CLAIM_AT_ONCE)):
             disk.remove_folder(self._home.claimed(number))
             disk.remove_folder(self._home.job(number))
@@ -167,6 +171,7 @@ class Inbox:
         if source.lstat().st_nlink > 1 or not _moved(source, target):
             return self._copy(source, target, number)
         if has_writer(target):  # it opened the file between look and move: let it finish
+            source.parent.mkdir(exist_ok=True)  # it may have been removed since
             disk.rename_new(target, archive.free_name(source.parent, source.name))
             return False
         return True
@@ -284,7 +289,10 @@ class Bell:
         """See that the folder that is watched is the one at the inbox's path, and that the watcher lives."""
         if self._silent:
             return
-        there = self._home.inbox.stat()
+        try:
+            there = self._home.inbox.stat()
+        except FileNotFoundError:
+            return  # removed just now: the next look makes it again
         alive = (
             self._observer is not None
             and self._observer.is_alive()
@@ -309,6 +317,8 @@ class Bell:
         try:
             observer.schedule(Ring(), str(self._home.inbox), recursive=False)
             observer.start()
+        except FileNotFoundError:
+            return  # removed just now
         except OSError as error:
             self._silent = True
             self._say(
