@@ -309,7 +309,8 @@ class Bell:
         ring = self._ring
 
         class Ring(FileSystemEventHandler):
-            def on_any_event(self, event: FileSystemEvent) -> None:
+            # Not on_any_event: for it the name of a method is made at each event, and Python keeps 4,096 such words.
+            def dispatch(self, event: FileSystemEvent) -> None:
                 if event.event_type not in LOOKS:
                     ring()
 
