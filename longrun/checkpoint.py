@@ -88,6 +88,7 @@ class Verifier:
     def __init__(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         self._on_bytes = on_bytes
         self._known: dict[Path, tuple[str, tuple[int, ...]]] = {}  # the SHA-256 of each file, and when it had it
+        self._last: Checkpoint | None = None
 
     def verify(self, folder: Path) -> Checkpoint:
         """The checkpoint in `folder`, or Damaged saying what is wrong with it."""
@@ -98,7 +99,7 @@ class Verifier:
             raise Damaged(f"files differ from the manifest: {', '.join(sorted(present ^ set(listed)))}")
         for name, facts in listed.items():
             self._verify_file(folder / name, facts["size"], facts["sha256"])
-        found = _checkpoint(folder)
+        found = self._read(folder)
         # What says how every other file must be has nothing to be held against but itself.
         if (folder / MANIFEST).read_bytes() != _manifest(found.global_step, listed).encode():
             raise Damaged(f"{MANIFEST} is not as it was written")
@@ -109,7 +110,12 @@ class Verifier:
         self._known = {path: known for path, known in self._known.items() if path.parent.exists()}
         for name, facts in _read_manifest(folder)["files"].items():
             self._known[folder / name] = (facts["sha256"], _signature(folder / name))
-        return _checkpoint(folder)
+        return self._read(folder)
+
+    def _read(self, folder: Path) -> Checkpoint:
+        """What the files say; the last ones are not read again, and their records not held twice."""
+        self._last = _checkpoint(folder, self._last)
+        return self._last
 
     def _verify_file(self, path: Path, size: int, sha256: str) -> None:
         if not path.is_file() or path.is_symlink():
@@ -151,15 +157,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checkpoint(folder: Path) -> Checkpoint:
+def _checkpoint(folder: Path, former: Checkpoint | None = None) -> Checkpoint:
     try:
-        lineage = Lineage.from_json((folder / LINEAGE).read_text(encoding="utf-8"))
+        digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        if former is not None and (former.path, former.digest) == (folder, digest):
+            return former
+        text = (folder / LINEAGE).read_text(encoding="utf-8")
+        lineage = Lineage.from_json(text, former=former.lineage if former else None)
         global_step = json.loads((folder / TRAINER_STATE).read_bytes())["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its lineage or trainer state cannot be read: {error!r}") from None
     if not folder.name == f"checkpoint-{global_step}" == f"checkpoint-{lineage.global_step}":
         raise Damaged(f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage")
-    return Checkpoint(folder, lineage, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
+    return Checkpoint(folder, lineage, digest)
 
 
 def _lineage_in(folder: Path) -> str | None:

@@ -547,3 +547,19 @@ def die_with_parent() -> None:
 
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def return_large_blocks() -> None:
+    """Let large blocks of memory go back to the system when they are freed.
+
+    glibc takes the largest block that was ever freed, up to 32 MiB, for a size that is soon needed again, and keeps
+    twice as much from then on: one bomb or long row among thousands of files would stay for the life of the process,
+    and so would the text of a long lineage.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        m_mmap_threshold, large_bytes = -3, 128 << 10  # mallopt(3); glibc begins with this size
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, nor the habit
+        if mallopt is not None:
+            mallopt(m_mmap_threshold, large_bytes)

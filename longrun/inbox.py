@@ -165,6 +165,7 @@ class Inbox:
         if source.lstat().st_nlink > 1 or not _moved(source, target):
             return self._copy(source, target, number)
         if has_writer(target):  # it opened the file between look and move: let it finish
+            source.parent.mkdir(exist_ok=True)  # it may have been removed since
             disk.rename_new(target, archive.free_name(source.parent, source.name))
             return False
         return True
@@ -293,7 +294,10 @@ class Bell:
         """See that the folder that is watched is the one at the inbox's path, and that the watcher lives."""
         if self._silent:
             return
-        there = self._home.inbox.stat()
+        try:
+            there = self._home.inbox.stat()
+        except FileNotFoundError:
+            return  # removed just now: the next look makes it again
         alive = (
             self._observer is not None
             and self._observer.is_alive()
@@ -310,7 +314,8 @@ class Bell:
         ring = self._ring
 
         class Ring(FileSystemEventHandler):
-            def on_any_event(self, event: FileSystemEvent) -> None:
+            # Not on_any_event: for it the name of a method is made at each event, and Python keeps 4,096 such words.
+            def dispatch(self, event: FileSystemEvent) -> None:
                 if event.event_type not in LOOKS:
                     ring()
 
@@ -318,6 +323,8 @@ class Bell:
         try:
             observer.schedule(Ring(), str(self._home.inbox), recursive=False)
             observer.start()
+        except FileNotFoundError:
+            return  # removed just now
         except OSError as error:
             self._silent = True
             self._say(

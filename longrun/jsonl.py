@@ -231,10 +231,12 @@ def loads(text: str) -> Any:
     try:
         value = _decode_json(text)
     except json.JSONDecodeError as error:
-        byte = len(text[: error.pos].encode())
+        # Of text that ends too early, the parser names the end of the blanks behind it: in a file, the next line.
+        position = min(error.pos, len(text.rstrip(" \t\r\n")))
+        byte = len(text[:position].encode())
         why = f"not JSON: {error.msg}"
         hint = "Write one complete JSON object a line, with a JSON library"
-        raise BadFile(why, kind="json", byte=byte, extract=_around(text, error.pos), hint=hint) from None
+        raise BadFile(why, kind="json", byte=byte, extract=_around(text, position), hint=hint) from None
     if _SURROGATE.search(text):
         _check_surrogates(value)
     return value

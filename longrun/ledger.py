@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+CACHE_KIB = 256  # of its pages; SQLite's own limit is 2 MiB, which a history of years fills
+
 _COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason, record"
 _MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
 
@@ -69,6 +71,11 @@ class Ledger:
         """Jobs in any of these states, in order of arrival."""
         marks = ", ".join("?" * len(states))
         return self._jobs(f"where state in ({marks}) order by number limit ?", *states, limit)
+
+    def each_trained(self) -> Iterator[Job]:
+        """The trained jobs one by one: they become more for as long as the model lives."""
+        with closing(self._db.execute(f"select {self._columns} from job where state = 'trained'")) as cursor:  # noqa: S608
+            yield from map(_from_row, cursor)
 
     def count(self, *states: JobState) -> int:
         marks = ", ".join("?" * len(states))
@@ -146,6 +153,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = full")
+        connection.execute(f"pragma cache_size = -{CACHE_KIB}")
         connection.executescript(files("longrun").joinpath("ledger.sql").read_text(encoding="utf-8"))
         if not _has_record(connection):  # it was made before there were records
             connection.execute("alter table job add column record text not null default ''")

@@ -7,13 +7,18 @@ or copying the model moves the truth along with it.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from longrun.plan import Plan
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
     """One file in the model's life. `done_steps` < `planned_steps` only when it was skipped or failed."""
 
@@ -68,14 +73,13 @@ class Lineage:
 
     def trained(self, home: str) -> dict[tuple[int, str], FileRecord]:
         """The files of this home that were trained to their end, by job and hash."""
-        return {
-            (record.job, record.sha256): record
-            for record in self.files
-            if record.outcome == "trained" and record.home in (home, "")
-        }
+        return {(record.job, record.sha256): record for record in self._trained(home)}
 
     def has_trained(self, home: str, job: int, sha256: str) -> bool:
-        return (job, sha256) in self.trained(home)
+        return any((record.job, record.sha256) == (job, sha256) for record in self._trained(home))
+
+    def _trained(self, home: str) -> Iterator[FileRecord]:
+        return (record for record in self.files if record.outcome == "trained" and record.home in (home, ""))
 
     def plan_in_progress(self, home: str, job: int, sha256: str) -> InProgress | None:
         """How far this job is, if the weights are in its middle.
@@ -142,15 +146,21 @@ class Lineage:
         return json.dumps(values, indent=1, ensure_ascii=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Lineage:
-        """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one."""
-        values: dict[str, Any] = json.loads(text)
-        here = values["in_progress"]
+    def from_json(cls, text: str, *, former: Lineage | None = None) -> Lineage:
+        """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one.
+
+        A lineage only grows: the records that it has in common with its `former` self are taken from there, so that
+        a process that follows it for months holds each of them once.
+        """
+        values: dict[str, Any] = json.loads(text, object_hook=partial(_record, iter(former.files if former else ())))
+        here, files = values["in_progress"], tuple(values["files"])
+        if not all(isinstance(record, FileRecord) for record in files):
+            raise TypeError("files holds what is no record of a file")
         return cls(
             lineage=values["lineage"],
             base_model=values["base_model"],
             global_step=values["global_step"],
-            files=tuple(FileRecord(**record) for record in values["files"]),
+            files=files,
             in_progress=here
             and InProgress(
                 plan=Plan.from_dict(here["plan"]),
@@ -159,3 +169,12 @@ class Lineage:
                 last_loss=here["last_loss"],
             ),
         )
+
+
+def _record(former: Iterator[FileRecord], values: dict[str, Any]) -> FileRecord | dict[str, Any]:
+    """What the parser has just read, as a record where it is one: all of them as dicts would take twice the memory."""
+    if "outcome" not in values:
+        return values
+    shared: dict[str, Any] = {name: sys.intern(values[name]) for name in ("outcome", "home") if name in values}
+    record, known = FileRecord(**values | shared), next(former, None)
+    return known if known == record else record

@@ -35,19 +35,22 @@ def missing_of(jobs: Iterable[Job], lineage: Lineage | None, home: str) -> list[
     for number, sha256 in sorted(trained):
         later[sha256].append(number)
     missing = []
-    for job in sorted(jobs, key=lambda job: job.number, reverse=True):
-        if (job.number, job.sha256) not in trained:
-            if later[job.sha256] and later[job.sha256][-1] > job.number:
-                later[job.sha256].pop()
-            else:
-                missing.append(job)
+    absent = [job for job in jobs if (job.number, job.sha256) not in trained]
+    for job in sorted(absent, key=lambda job: job.number, reverse=True):
+        if later[job.sha256] and later[job.sha256][-1] > job.number:
+            later[job.sha256].pop()
+        else:
+            missing.append(job)
     return missing[::-1]
 
 
-def published_lineage(home: Home) -> Lineage | None:
-    """What the published model says it has seen; None when there is no model, BadModel when it does not say."""
+def published_lineage(home: Home, *, former: Lineage | None = None) -> Lineage | None:
+    """What the published model says it has seen; None when there is no model, BadModel when it does not say.
+
+    `former` is what it said before, where that is known.
+    """
     try:
-        return Lineage.from_json((home.model / LINEAGE).read_text(encoding="utf-8"))
+        return Lineage.from_json((home.model / LINEAGE).read_text(encoding="utf-8"), former=former)
     except GONE:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

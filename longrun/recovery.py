@@ -78,8 +78,8 @@ class Recovery:
 
     def _find(self) -> list[Job]:
         context = self._context
-        trained = context.ledger.in_state(JobState.TRAINED)
-        return missing_of(trained, published_lineage(context.home), context.home_id)
+        lineage = published_lineage(context.home, former=context.seen.lineage if context.seen else None)
+        return missing_of(context.ledger.each_trained(), lineage, context.home_id)
 
     def _tell(self, lost: list[Job]) -> None:
         names = [job.name for job in lost]

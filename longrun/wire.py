@@ -246,11 +246,12 @@ class Channel:
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket that accepts one worker at `path` (private through its folder)."""
+    """A socket that accepts one worker at `path`, for the owner only (until its mode is set: through its folder)."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     with _short(path) as address:
         listener.bind(address)
+    path.chmod(0o600)
     listener.listen(1)
     return listener
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 HUB_TIMEOUT_S = 5
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,27 @@ def _name_and_commit(source: str) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _told_as_bad_config(source: str) -> Iterator[None]:
-    """What from_pretrained raises, as one sentence with a way out."""
+    """What from_pretrained raises, as one sentence with a way out.
+
+    That may be anything: cut weights raise errors of their format, a pickle that would run code one of pickle's, and
+    code that came with a model whatever it likes. No dropped file is at fault.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise unusable(source, first) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+    )
 
 
 def unusable(source: str, why: str) -> BadConfig:

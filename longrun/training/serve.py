@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from longrun.training.masks import Encoder
     from longrun.training.run import Line, Runner
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 LOCK_WAIT_S = 60.0
 
 
@@ -74,6 +73,7 @@ def _train(runner: Runner, channel: Line, task: wire.Train) -> None:
 
 
 def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
+    from longrun.training.base_model import is_out_of_memory
     from longrun.training.metrics import Diverged
     from longrun.training.run import DiskFull
 
@@ -94,19 +94,10 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
         return wire.Failed(job=job, kind="disk", why=said)
     if isinstance(error, BadConfig):
         return wire.Failed(job=job, kind="base model", why=error.message, hint=error.hint)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return wire.Failed(job=job, kind="out of memory", why=f"out of memory: {said.splitlines()[0]}")
     hint = error.hint if isinstance(error, LongrunError) else ""
     return wire.Failed(job=job, kind="crash", why=f"{type(error).__name__}: {said.splitlines()[0]}", hint=hint)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
-    )
 
 
 # -- the preparer
@@ -162,6 +153,7 @@ class Preparer:
 def preparer(socket: Path) -> None:
     """Examine and prepare files, until the daemon is gone. Heavy imports come with the first file to tokenise."""
     be_a_child()
+    disk.return_large_blocks()
     channel = wire.connect(socket)
     channel.send(wire.Hello(pid=os.getpid(), role="preparer"))
     work = Preparer(channel)

@@ -68,7 +68,7 @@ def removed(lab):
 
 def replaced(lab):
     lab.inbox.rename(lab.home / f"former-{time.monotonic_ns()}")
-    lab.inbox.mkdir()
+    lab.inbox.mkdir(exist_ok=True)  # unless the daemon was quicker
 
 
 def linked(lab):

@@ -34,7 +34,7 @@ NOT_NEEDED = {
     "sync_folder < rename < _prepared": "tokens that are not there are made again",
 }
 EITHER = (
-    ("rename_into < _add", "sync_folder < publish"),
+    ("rename_into < _add", "sync_folder < _publish"),
     ("sync_folder < sync_tree < _found", "sync_folder < rename < copy_file < _place"),
     ("sync_folder < write_file < put_away", "sync_folder < rename < put_away"),
 )

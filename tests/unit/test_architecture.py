@@ -146,6 +146,21 @@ def test_the_daemon_starts_without_what_is_heavy() -> None:
     assert not loaded & HEAVY
 
 
+# -- pickles: whoever reads one runs what it says
+
+PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+LOADERS = {"torch", "np", "numpy"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_pickle_is_read(module: str) -> None:
+    assert not PICKLES & {name.split(".")[0] for name in imports(MODULES[module])}
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            assert owner not in LOADERS, f"{module}.py:{node.lineno}: what the Trainer loads, it loads guarded"
+
+
 # -- the durable seam
 
 

@@ -51,6 +51,11 @@ def test_a_sealed_checkpoint_verifies(sealed: Path) -> None:
     assert sorted(json.loads((sealed / "manifest.json").read_bytes())["files"]) == KEPT
 
 
+def test_a_checkpoint_that_has_not_changed_is_not_read_again(sealed: Path) -> None:
+    verifier = Verifier()
+    assert verifier.verify(sealed) is verifier.trust(sealed) is verifier.verify(sealed)
+
+
 def test_the_digest_tells_different_weights_apart(home: Home, sealed: Path) -> None:
     other = stage(home, 6)
     checkpoint.seal(other, lineage_at(6))

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import watchdog.observers.api
 
 from longrun import disk, inbox
 from longrun.config import InboxSettings
@@ -229,6 +231,28 @@ def test_a_claim_is_durable(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPa
     box.claim(names, 1)
     file = home.claimed(1) / "x.jsonl"
     assert synced == [file.parent, home.job(1), home.jobs, file, file.parent, home.inbox]
+
+
+@pytest.mark.parametrize("writer", [False, True])
+def test_what_was_claimed_when_the_inbox_went_stays_claimed_or_goes_back(
+    home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, writer: bool
+) -> None:
+    drop(home, "x.jsonl", b"content")
+    real = disk.move
+
+    def then_gone(source: Path, target: Path) -> None:
+        real(source, target)
+        source.parent.rmdir()
+
+    monkeypatch.setattr(disk, "move", then_gone)
+    monkeypatch.setattr(inbox, "has_writer", lambda path: writer)
+    jobs = box.claim(["x.jsonl"], 1)
+    if writer:
+        assert (jobs, claimed(home)) == ([], {})
+        assert (home.inbox / "x.jsonl").read_bytes() == b"content"
+    else:
+        assert [job.name for job in jobs] == ["x.jsonl"]
+        assert claimed(home) == {"000001/x.jsonl": b"content"}
 
 
 def test_a_file_that_vanished_leaves_no_job(home: Home, box: Inbox) -> None:
@@ -549,6 +573,28 @@ def test_the_bell_survives_its_inbox(home: Home, bell: Bell, ring: Ring, how: st
     ring.heard(0.01)
     drop(home, "x.jsonl")
     assert ring.heard()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_bell_survives_an_inbox_that_goes_during_its_check(
+    home: Home, bell: Bell, ring: Ring, told: Told, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    real = watchdog.observers.api.BaseObserver.start
+
+    def late(observer: Any) -> None:
+        shutil.rmtree(home.inbox, ignore_errors=True)
+        real(observer)
+
+    monkeypatch.setattr(watchdog.observers.api.BaseObserver, "start", late)
+    if when == "before":
+        home.inbox.rmdir()
+    bell.check()
+    monkeypatch.undo()
+    home.inbox.mkdir()
+    bell.check()
+    drop(home, "x.jsonl")
+    assert ring.heard()
+    assert told == []
 
 
 def test_a_bell_that_is_well_is_left_alone(bell: Bell) -> None:

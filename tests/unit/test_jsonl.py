@@ -47,6 +47,7 @@ def nested(depth: int) -> bytes:
 BAD = {
     "a bad line": (ROW + b"\nnot json\n", "json", 2, 14),
     "an error inside a line": (ROW + b'\n{"a": 1, b}\n', "json", 2, 23),
+    "an object that stops with its line": (ROW + b'\n{"a":\n' + ROW, "json", 2, 19),
     "two objects on a line": (ROW + ROW, "json", 1, 13),
     "a list later": (ROW + b"\n[1]\n", "json", 2, 14),
     "UTF-16 with a mark": ('{"text": "a"}'.encode("utf-16"), "encoding", 1, 0),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tracemalloc
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -186,3 +187,14 @@ def test_what_is_learnt_replaces_what_was_known(ledger: Ledger) -> None:
     ledger.claim([job(1)])
     ledger.learn([job(1, state=JobState.TRAINED, rows=5), job(2, state=JobState.TRAINED)])
     assert [found.rows for found in ledger.in_state(JobState.TRAINED)] == [5, 0]
+
+
+def test_trained_jobs_are_had_one_by_one(ledger: Ledger) -> None:
+    ledger.learn([job(number, state=JobState.TRAINED, record="x" * 1000) for number in range(1, 1001)])
+    ledger.claim([job(1001)])
+    tracemalloc.start()
+    numbers = [found.number for found in ledger.each_trained()]
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sorted(numbers) == list(range(1, 1001))
+    assert most_bytes < 100_000

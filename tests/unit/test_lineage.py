@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import fields, replace
 
 import pytest
@@ -134,6 +135,31 @@ def test_a_model_older_than_the_ids_of_homes_is_of_the_home_it_is_in() -> None:
     assert trained_by("").has_trained(HERE, 1, "a" * 64)
     assert in_the_middle_of("").plan_in_progress(HERE, 1, "a" * 64) is not None
     assert in_the_middle_of("").plan_in_progress(HERE, 2, "a" * 64) is None
+
+
+def test_a_lineage_that_has_grown_shares_the_records_of_its_former_self() -> None:
+    former = trained_by(HERE)
+    grown = replace(former, files=(*former.files, replace(former.files[0], job=2)))
+    found = Lineage.from_json(grown.to_json(), former=former)
+    assert found == grown
+    assert found.files[0] is former.files[0]
+
+
+def test_a_lineage_that_took_another_way_shares_nothing_that_differs() -> None:
+    former = trained_by(HERE)
+    other = replace(former, files=(replace(former.files[0], final_loss=9.0),))
+    assert Lineage.from_json(other.to_json(), former=former) == other
+
+
+def test_reading_a_lineage_takes_no_more_memory_than_holding_it() -> None:
+    (record,) = trained_by(HERE).files
+    text = replace(trained_by(HERE), files=tuple(replace(record, job=job) for job in range(500))).to_json()
+    tracemalloc.start()
+    held = Lineage.from_json(text)
+    kept_bytes, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(held.files) == 500
+    assert most_bytes < 1.2 * kept_bytes
 
 
 @given(records)

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longrun.manifest import BackupType, Manifest
@@ -84,7 +84,6 @@ FACTS = st.lists(
 KEEPS = st.builds(Keep, **{name: st.integers(0, 4) for name in NOTHING})
 
 
-@settings(deadline=None)
 @given(facts=FACTS, keep=KEEPS, in_order=st.booleans())
 def test_whatever_there_is_the_important_stays_and_the_rest_is_bounded(
     facts: list[tuple[Any, int, bool]], keep: Keep, in_order: bool

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import stat
 import threading
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,11 @@ def test_a_socket_works_at_any_length_of_path(tmp_path: Path, folder: str) -> No
         assert os.get_inheritable(above.fileno()) is False
         for end in (below, above, listener):
             end.close()
+
+
+def test_a_socket_is_for_its_owner_only(tmp_path: Path) -> None:
+    with wire.listen(tmp_path / "worker.sock"):
+        assert stat.S_IMODE((tmp_path / "worker.sock").stat().st_mode) == 0o600
 
 
 def test_nobody_listening_is_an_error(tmp_path: Path) -> None:

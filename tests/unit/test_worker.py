@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
 import select
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import zstandard
 
 from longrun import wire, worker
 from longrun.worker import Child
@@ -168,3 +171,20 @@ def test_a_removed_log_folder_is_made_again(home: Home, child: Callable[..., Chi
     with pytest.raises(wire.Closed):
         wait_for(child("print('x')"))
     assert (home.logs / "worker.log").read_text() == "x\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
+def test_a_bomb_leaves_no_memory_behind_in_the_preparer(home: Home) -> None:
+    bomb = home.root / "bomb.jsonl.zst"
+    bomb.write_bytes(zstandard.ZstdCompressor().compress(b" " * 50_000_000))
+    preparer = Child(home, "preparer")
+    preparer.start((), 100.0)
+    wait_for(preparer)
+    kept_kib = []
+    for job in range(4):
+        preparer.send(wire.Examine(job=job, path=str(bomb), on_bad_row="reject", max_line_bytes=1 << 20), 100.0)
+        (refused,) = wait_for(preparer)
+        assert isinstance(refused, wire.Refused)
+        kept_kib.append(int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{preparer.pid}/status").read_text())[1]))
+    preparer.kill()
+    assert max(kept_kib) - kept_kib[0] < 8 << 10, kept_kib
