@@ -9,6 +9,7 @@ be started and left to itself: it is a process like any other, and who started i
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -76,7 +77,7 @@ class Hand:
         """Start daemon.py with scripted children in this home, as subprocess.Popen would."""
         whole = ["--home", str(home), *arguments]
         line = {"start": whole, "cwd": str(home), "log": str(log), "environment": environment}
-        return Started(self, self.ask(line)["pid"])
+        return Started(self, self.ask(line)["pid"], log)
 
     def ask(self, line: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
@@ -89,8 +90,9 @@ class Hand:
 class Started:
     """As subprocess.Popen would have given. The hand is its parent: the pid is its own until poll() tells its end."""
 
-    def __init__(self, hand: Hand, pid: int) -> None:
+    def __init__(self, hand: Hand, pid: int, log: Path) -> None:
         self.pid = pid
+        self._log = log
         self.returncode: int | None = None
         self._hand = hand
 
@@ -103,7 +105,9 @@ class Started:
         begun = time.monotonic()
         while (code := self.poll()) is None:
             if timeout is not None and time.monotonic() > begun + timeout:
-                raise subprocess.TimeoutExpired("a forked daemon", timeout)
+                os.kill(self.pid, signal.SIGUSR2)  # it tells where it is
+                time.sleep(0.5)
+                raise AssertionError(f"the daemon has not ended after {timeout} s\n{self._log.read_text()[-2000:]}")
             time.sleep(0.002)
         return code
 
@@ -160,6 +164,7 @@ def _start(main: Any, order: dict[str, Any]) -> int:
     sys.argv = ["daemon.py", *order["start"]]
     scripted.fork_children()
     probe.main()
+    faulthandler.register(signal.SIGUSR2)
     sys.exit(main(order["start"]))
 
 
