@@ -369,7 +369,7 @@ class Daemon:
                 f"the next checkpoint needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
                 str(self._context.home.root),
             )
-        self._context.solved("disk")
+        self._runs.found_room()
 
     # -- telling
 
@@ -447,7 +447,10 @@ class Daemon:
     def _wait(self) -> None:
         """Until something happens: news from a child, a bell, a signal, or the next thing that is due."""
         tick_s = TICK_S if self._runs.current is not None else IDLE_TICK_S
-        due_s = self._next_scan - time.monotonic() if self._scans else tick_s
+        now = time.monotonic()
+        due_s = self._next_scan - now if self._scans else tick_s
+        if self._told_at + TICK_S > now:  # what came since status was told is told as soon as it may be
+            due_s = min(due_s, self._told_at + TICK_S - now)
         timeout_s = max(0.0, min(tick_s, due_s))
         ends = [self._wake[0], *self._runs.worker.filenos(), *self._preparation.preparer.filenos()]
         ready, _, _ = select.select(ends, [], [], timeout_s)

@@ -70,6 +70,7 @@ class Runs:
         self.current: Run | None = None
         self._idle_since = 0.0
         self._deaths = 0
+        self._refused = False  # the disk refused the worker a write, and has taken none since
 
     # -- starting
 
@@ -323,7 +324,7 @@ class Runs:
 
     def _progress(self, run: Run, message: wire.Progress) -> None:
         run.waiting = None
-        self._context.solved("disk")
+        self.found_room()
         run.global_step, run.loss, run.steps_per_s = message.global_step, message.loss, message.steps_per_s
         run.first_loss = message.loss if run.first_loss is None else run.first_loss
         done, planned = run.plan.done_steps(run.global_step), run.plan.planned_steps
@@ -341,7 +342,7 @@ class Runs:
     def _saved(self, run: Run, message: wire.Saved) -> None:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
-        self._context.solved("disk")
+        self._written()
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -364,6 +365,15 @@ class Runs:
             f"paused: disk. The next checkpoint needs {message.need_bytes / 1e6:.0f} MB,"
             " and less than that is free; training goes on by itself when there is room",
         )
+
+    def found_room(self) -> None:
+        """There is room for the next checkpoint; that a refused write is mended is believed when one succeeds."""
+        if not self._refused:
+            self._context.solved("disk")
+
+    def _written(self) -> None:
+        self._refused = False
+        self._context.solved("disk")
 
     # -- ending
 
@@ -392,6 +402,7 @@ class Runs:
 
     def finish(self, job: Job, newest: Checkpoint) -> None:
         """The model's lineage has the job: tell how it went and put the file away."""
+        self._written()
         record = newest.lineage.trained(self._context.home_id)[job.number, job.sha256]
         told = (
             [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
@@ -446,6 +457,7 @@ class Runs:
             }
             self._context.reject(run.job, reason | {"fix": failure.hint})
         elif failure.kind == "disk":
+            self._refused = True
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise disk.Refused(failure.why)
         elif failure.kind == "base model":

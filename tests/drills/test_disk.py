@@ -63,6 +63,7 @@ def test_what_no_file_can_help_rejects_none(campaign, quick):
             time.sleep(dice.uniform(1.0, 2.0))  # it tries again all the while
             assert not lab.names("rejected"), lab.log
             lab.wait_until(lambda: "paused: disk" in "".join(status.read(Home(lab.home))["problems"]), LIMIT_S)
+            assert "disk: solved" not in lab.log, lab.log
             lab.kill(daemon)
             assert lab.drain() == 0, lab.log
             lab.check()
@@ -72,13 +73,13 @@ def test_what_no_file_can_help_rejects_none(campaign, quick):
     campaign.run("4: a child that is refused everything costs no file an attempt", cases, attempt, small=1)
 
 
-def test_a_slow_disk_costs_no_attempt_no_file_and_no_row(campaign, quick):
+def test_a_slow_disk_costs_no_attempt_no_file_and_no_row(campaign, quick, hand):
     cases = [(role, number, SLOW) for role in ROLES for number in range(1, 200, 7)]
     if FULL:  # minutes each
         cases += [(role, 1, SLOW + EVER_AFTER) for role in ROLES] * 3
 
     def attempt(case, dice):
-        lab = struck(quick / "struck", *case)
+        lab = struck(hand, quick / "struck", *case)
         troubles = [event for event in lab.events if event["event"] in ("retry", "problem", "rejected")]
         assert not troubles, troubles
         campaign.note("slowed", lab.was_struck)
