@@ -18,6 +18,7 @@ DAEMONS = 20
 RACES, STOPS, STOPS_A_LIFE, ORPHANS, CLOCKS = 100, 100, 5, 60, 40
 LIMIT_S = 60.0
 DAY_S = 86400
+HANGUP = signal.SIGTERM if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else signal.SIGHUP  # under nohup
 MEMORY_BYTES = 200 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 MEMORY_GROUP = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS  # version 1 or 2
@@ -71,7 +72,7 @@ def test_a_signal_at_any_moment_is_obeyed_and_no_saved_step_is_done_again(campai
                 lab.wait_until(lambda starts=starts: lab.whole_log.count("Longrun watches") > starts)
                 lab.let_live(dice)
                 campaign.note(f"when {lab.phase(daemon.pid)}")
-                for number in dice.choice(([signal.SIGTERM], [signal.SIGINT], [signal.SIGHUP], [signal.SIGTERM] * 2)):
+                for number in dice.choice(([signal.SIGTERM], [signal.SIGINT], [HANGUP], [signal.SIGTERM] * 2)):
                     with contextlib.suppress(ProcessLookupError):
                         daemon.send_signal(number)
                     time.sleep(dice.uniform(0.0, 0.05))

@@ -82,8 +82,9 @@ class Soaked(Watched):
     # -- an hour
 
     def begin(self) -> None:
+        starts = self.whole_log.count("Longrun watches")
         self.daemon = self.start()
-        self.wait_until(lambda: "Longrun watches" in self.log)
+        self.wait_until(lambda: self.whole_log.count("Longrun watches") > starts)
 
     def one_more(self, number: int) -> None:
         """A file comes, something happens, and in the end it is trained."""
@@ -128,7 +129,7 @@ class Soaked(Watched):
         self.drop_rows(name, self.dice.choice(ROWS))
         time.sleep(self.dice.uniform(0.2, 3.0 if FULL else 0.9))
         self.kill(self.daemon)
-        self.daemon = self.start()
+        self.begin()
 
     def a_kill_of_the_worker(self, name: str) -> None:
         self.drop_rows(name, self.dice.choice(ROWS))
