@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.drills.hand import Hand
 from tests.lab import Lab
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
     yield make
     for lab in labs:
         lab.close()
+
+
+@pytest.fixture(scope="session")
+def torch_hand() -> Iterator[Hand]:
+    """For daemons whose real children have torch from the start: many lives, with nothing imported in any."""
+    with Hand("real") as found:
+        yield found
 
 
 @pytest.fixture

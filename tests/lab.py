@@ -11,7 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.drills.hand import Hand
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROBE = REPOSITORY / "tests" / "probe"
@@ -41,8 +44,19 @@ def toml(settings: dict[str, Any]) -> str:
 
 
 class Lab:
-    def __init__(self, home: Path, *, base_model: Path | None = None, fresh: bool = True, **settings: Any) -> None:
+    """A home with its daemon: a process that imports what it needs or, with a hand, a fork that starts at once."""
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        hand: Hand | None = None,
+        base_model: Path | None = None,
+        fresh: bool = True,
+        **settings: Any,
+    ) -> None:
         self.home = home
+        self.hand = hand
         self.inbox = home / "inbox"
         self.model = home / "current_model"
         self.stderr = home / "stderr.log"
@@ -71,15 +85,16 @@ class Lab:
     # -- running
 
     def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
+        self.daemons.append(self._started(arguments, self.environment(faults, **environment)))
+        return self.daemons[-1]
+
+    def _started(self, arguments: tuple[str, ...], environment: dict[str, str]) -> Any:
+        if self.hand is not None:
+            return self.hand.start("run", *arguments, home=self.home, log=self.stderr, environment=environment)
         daemon = (sys.executable, REPOSITORY / "daemon.py", "--home", self.home, "run")
         command = [*map(str, (*self.under, *daemon, *arguments))]
-        log = self.stderr.open("a")
-        process = subprocess.Popen(
-            command, env=self.environment(faults, **environment), stdout=log, stderr=log, text=True, cwd=self.home
-        )
-        log.close()
-        self.daemons.append(process)
-        return process
+        with self.stderr.open("a") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, cwd=self.home)
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LONGRUN_")}

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 SLOWLY = {"at": "transformers.trainer:Trainer.training_step", "role": "worker", "nth": 0, "do": "slow"}
 
 
+@pytest.fixture
+def lab(make_lab, torch_hand):
+    return make_lab(hand=torch_hand)
+
+
 def manager(lab: Lab, *arguments: str):
     return lab.command(*arguments, program="backup_manager.py")
 
@@ -46,10 +51,11 @@ def test_the_recovery_steps_of_the_founding_note_work_as_written(lab):
     assert content(lab.model) == before
 
 
-def test_scheduled_backups_are_made_between_files_and_thinned_out(make_lab, tmp_path):
+def test_scheduled_backups_are_made_between_files_and_thinned_out(make_lab, torch_hand, tmp_path):
     remote = tmp_path / "elsewhere"
     kept = {f"backup.keep_{period}": 0 for period in ("daily", "weekly", "monthly")}
-    lab = make_lab(**{"backup.after_files": 1, "backup.keep_last": 1, "backup.target": f"file://{remote}"}, **kept)
+    settings = {"backup.after_files": 1, "backup.keep_last": 1, "backup.target": f"file://{remote}"}
+    lab = make_lab(hand=torch_hand, **settings, **kept)
     for number in range(2):
         lab.drop(f"file{number}.jsonl", 9)
         assert lab.drain() == 0
@@ -61,8 +67,8 @@ def test_scheduled_backups_are_made_between_files_and_thinned_out(make_lab, tmp_
     assert [event["event"] for event in lab.events].count("backup") == 2
 
 
-def test_a_failing_backup_is_a_visible_problem_and_training_goes_on(make_lab):
-    lab = make_lab(**{"backup.after_files": 1})
+def test_a_failing_backup_is_a_visible_problem_and_training_goes_on(make_lab, torch_hand):
+    lab = make_lab(hand=torch_hand, **{"backup.after_files": 1})
     (lab.home / "backups").write_text("in the way")
     lab.start()
     for number in range(2):

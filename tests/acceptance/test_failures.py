@@ -26,10 +26,10 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def story(tmp_path_factory, torch_hand):
     """Bad files between good ones, all through one daemon."""
     settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "worker.max_attempts": 3}
-    with closing(Lab(tmp_path_factory.mktemp("failures") / "home", **settings)) as lab:
+    with closing(Lab(tmp_path_factory.mktemp("failures") / "home", hand=torch_hand, **settings)) as lab:
         for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "last"):
             lab.drop(f"{name}.jsonl", ROWS)
         lab.exit_code = lab.drain(faults=FAULTS)
@@ -106,9 +106,9 @@ def test_a_worker_that_cannot_start_costs_no_file_an_attempt(story):
     assert retries(story, "first") == []
 
 
-def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab):
+def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab, torch_hand):
     settings = {"worker.step_timeout_s": 3, "worker.start_timeout_s": 60, "worker.max_attempts": 2}
-    lab = make_lab(**settings)
+    lab = make_lab(hand=torch_hand, **settings)
     lab.drop("hanging.jsonl", ROWS)
     lab.drop("next.jsonl", ROWS)
     assert lab.drain(faults=FAULTS[4:]) == 1
@@ -160,8 +160,9 @@ def cut_the_manifest(folder):
 DAMAGES = [flip_a_bit, flip_a_bit_of_the_weights, truncate, remove_a_file, cut_the_manifest]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_gone_on_from(make_lab):
-    lab = make_lab(**{"train.save_steps": 1, "train.learning_rate": 1e-3, "train.save_total_limit": 3})
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_gone_on_from(make_lab, torch_hand):
+    settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "train.save_total_limit": 3}
+    lab = make_lab(hand=torch_hand, **settings)
     lab.start()
     drop_and_wait(lab, "start")
     for number, damage in enumerate(DAMAGES):

@@ -67,8 +67,8 @@ def unbroken(tmp_path_factory, settings):
         yield lab
 
 
-def test_a_kill_in_every_phase_loses_no_row_and_changes_no_bit(unbroken, make_lab, settings):
-    lab = make_lab("killed", **settings)
+def test_a_kill_in_every_phase_loses_no_row_and_changes_no_bit(unbroken, make_lab, torch_hand, settings):
+    lab = make_lab("killed", hand=torch_hand, **settings)
     killed_while_settling(lab)
     faults = [{"do": "kill", "once": name.replace(" ", "-"), **fault} for name, fault in KILLS.items()]
     starts = 1

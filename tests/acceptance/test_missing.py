@@ -28,8 +28,8 @@ def settings(dropout_model):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, settings):
-    with closing(Lab(tmp_path_factory.mktemp("undisturbed") / "home", **settings)) as lab:
+def undisturbed(tmp_path_factory, torch_hand, settings):
+    with closing(Lab(tmp_path_factory.mktemp("undisturbed") / "home", hand=torch_hand, **settings)) as lab:
         for name, rows in FILES.items():
             lab.drop(f"{name}.jsonl", rows)
         assert lab.drain() == 0
@@ -37,10 +37,10 @@ def undisturbed(tmp_path_factory, settings):
 
 
 @pytest.fixture(scope="module")
-def moments(tmp_path_factory, settings):
+def moments(tmp_path_factory, torch_hand, settings):
     """Copies of one home: after a, in the middle of b, after c."""
     folder = tmp_path_factory.mktemp("moments")
-    with closing(Lab(folder / "home", **settings)) as lab:
+    with closing(Lab(folder / "home", hand=torch_hand, **settings)) as lab:
         lab.drop("a.jsonl", FILES["a"])
         assert lab.drain() == 0
         copy(lab.home, folder / "after a")
@@ -54,12 +54,17 @@ def moments(tmp_path_factory, settings):
 
 
 @pytest.fixture
-def lab(moments, tmp_path):
+def lab(moments, tmp_path, torch_hand):
     """The home after c."""
     copy(moments / "after c", tmp_path / "home")
-    with closing(Lab(tmp_path / "home", fresh=False)) as lab:
+    with closing(Lab(tmp_path / "home", hand=torch_hand, fresh=False)) as lab:
         lab.probe = lab.home / "probe"
         yield lab
+
+
+@pytest.fixture
+def elsewhere(make_lab, torch_hand, settings):
+    return make_lab("elsewhere", hand=torch_hand, **settings)
 
 
 def copy(home, target):
@@ -180,8 +185,8 @@ def test_a_ledger_that_was_lost_learns_from_the_model_what_a_restore_would_lose(
     ]
 
 
-def test_a_model_copied_to_another_home_in_the_middle_of_a_file_goes_on_there(make_lab, moments, undisturbed, settings):
-    lab = make_lab("elsewhere", **settings)
+def test_a_model_copied_to_another_home_in_the_middle_of_a_file_goes_on_there(elsewhere, moments, undisturbed):
+    lab = elsewhere
     shutil.copytree(moments / "middle of b" / "current_model", lab.model)
     shutil.copy(moments / "middle of b" / "probe" / "batches.jsonl", lab.probe)
     lab.drop("b.jsonl", FILES["b"]).rename(lab.inbox / "the same.jsonl")
@@ -202,8 +207,8 @@ def test_a_model_copied_to_another_home_in_the_middle_of_a_file_goes_on_there(ma
     assert lab.status["missing_files"] == 0
 
 
-def test_another_home_that_trained_the_same_bytes_under_the_same_number_did_not_train_ours(make_lab, moments, settings):
-    lab = make_lab("elsewhere", **settings)
+def test_another_home_that_trained_the_same_bytes_under_the_same_number_did_not_train_ours(elsewhere, moments):
+    lab = elsewhere
     lab.drop("a.jsonl", FILES["a"])
     assert lab.drain() == 0
     restore(lab, moments / "after a")

@@ -24,10 +24,10 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def story(tmp_path_factory, torch_hand):
     """One daemon that loses its model again and again; after each file, what the model has seen."""
     settings = {"train.save_steps": 2, "train.learning_rate": 1e-3}
-    with closing(Lab(tmp_path_factory.mktemp("removed") / "home", **settings)) as lab:
+    with closing(Lab(tmp_path_factory.mktemp("removed") / "home", hand=torch_hand, **settings)) as lab:
         live_through(lab)
         yield lab
 

@@ -16,8 +16,8 @@ FILES = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
 WITH_HELD_OUT = FILES | {"f": 250}
 
 
-def run(home, files, **settings):
-    with closing(Lab(home, **{"train.logging_steps": 1, "worker.prepare_ahead": 3, **settings})) as lab:
+def run(hand, home, files, **settings):
+    with closing(Lab(home, hand=hand, **{"train.logging_steps": 1, "worker.prepare_ahead": 3, **settings})) as lab:
         lab.hashes = {}
         for name, rows in files.items():
             dropped = lab.drop(f"{name}.jsonl", rows)
@@ -27,17 +27,17 @@ def run(home, files, **settings):
 
 
 @pytest.fixture(scope="module")
-def simple(tmp_path_factory):
+def simple(tmp_path_factory, torch_hand):
     """Five files dropped at once, four rows a step."""
     settings = {"train.batch_size": 4, "train.save_steps": 7, "train.save_total_limit": 1000}
-    return run(tmp_path_factory.mktemp("simple") / "home", FILES, **settings)
+    return run(torch_hand, tmp_path_factory.mktemp("simple") / "home", FILES, **settings)
 
 
 @pytest.fixture(scope="module")
-def accumulating(tmp_path_factory):
+def accumulating(tmp_path_factory, torch_hand):
     """Six files, two epochs of each, twelve rows a step in three parts of four."""
     settings = {"train.num_train_epochs": 2, "train.batch_size": 12, "train.per_device_train_batch_size": 4}
-    return run(tmp_path_factory.mktemp("accumulating") / "home", WITH_HELD_OUT, **settings)
+    return run(torch_hand, tmp_path_factory.mktemp("accumulating") / "home", WITH_HELD_OUT, **settings)
 
 
 def planned(files, epochs, batch, held_out=None):

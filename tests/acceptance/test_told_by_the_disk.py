@@ -10,8 +10,8 @@ from tests.drills.daemons import Watched
 from tests.lab import LIMIT_S, REPOSITORY, numbered
 
 
-def test_a_file_whose_last_commit_was_never_told_is_trained_and_not_given_up(make_lab):
-    lab = make_lab(**{"train.batch_size": 4, "worker.max_attempts": 1})
+def test_a_file_whose_last_commit_was_never_told_is_trained_and_not_given_up(make_lab, torch_hand):
+    lab = make_lab(hand=torch_hand, **{"train.batch_size": 4, "worker.max_attempts": 1})
     lab.drop("a.jsonl", 10)
     killed = {"at": "longrun.checkpoint:OpenModel.commit", "role": "worker", "when": "after", "do": "kill"}
     assert lab.drain(faults=[killed]) == 0
@@ -31,9 +31,9 @@ def test_a_file_whose_last_step_was_told_and_not_committed_is_gone_on_with(tmp_p
         lab.check()
 
 
-def test_a_begun_file_keeps_the_rows_it_was_examined_with_when_bad_rows_become_forbidden(make_lab):
+def test_a_begun_file_keeps_the_rows_it_was_examined_with_when_bad_rows_become_forbidden(make_lab, torch_hand):
     settings = {"train.batch_size": 4, "train.save_steps": 2}
-    lab = make_lab(**settings, **{"inbox.on_bad_row": "skip"})
+    lab = make_lab(hand=torch_hand, **settings, **{"inbox.on_bad_row": "skip"})
     rows = numbered("a", 24)
     lab.drop("a.jsonl", [*rows[:9], {"messages": []}, *rows[9:]])
     # Dies when the second checkpoint is committed; the next start finds the file in its middle.

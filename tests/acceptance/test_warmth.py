@@ -34,9 +34,10 @@ def live_through(lab):
 
 
 @pytest.fixture(scope="module")
-def cold(tmp_path_factory, dropout_model):
+def cold(tmp_path_factory, torch_hand, dropout_model):
     """The same files, each with a daemon of its own."""
-    with closing(Lab(tmp_path_factory.mktemp("cold") / "home", base_model=dropout_model, **RECIPE)) as lab:
+    settings = {"base_model": dropout_model, **RECIPE}
+    with closing(Lab(tmp_path_factory.mktemp("cold") / "home", hand=torch_hand, **settings)) as lab:
         for name, rows in FILES.items():
             lab.drop(f"{name}.jsonl", rows)
             assert lab.drain() == 0

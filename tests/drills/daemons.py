@@ -83,25 +83,12 @@ class Mortal(Lab):
 
 
 class Watched(Mortal):
-    """A Lab with scripted children; `dropped` is what its model must have seen in the end.
-
-    Its daemons are forks of the hand, if there is one: they start in milliseconds. Faults need daemons that import.
-    """
+    """A Lab with scripted children; `dropped` is what its model must have seen in the end."""
 
     def __init__(self, home: Path, *, hand: Hand | None = None, **settings: Any) -> None:
-        super().__init__(home, **SETTINGS | settings)
-        self.hand = hand
+        super().__init__(home, hand=hand, **SETTINGS | settings)
         self.dropped: list[int] = []  # rows of each file that was dropped and is to be trained
         self.refused = 0  # how many others were dropped, which are to be rejected
-
-    def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
-        if self.hand is None:
-            return super().start(*arguments, faults=faults, **environment)
-        assert not faults
-        log, told = self.home / "stderr.log", self.environment(**environment)
-        daemon = self.hand.start("run", *arguments, home=self.home, log=log, environment=told)
-        self.daemons.append(daemon)
-        return daemon
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         return super().environment(faults, LONGRUN_CHILDREN=scripted.__file__, **extra)

@@ -1,15 +1,17 @@
 """A process that has everything imported and runs a program in forked children: a case costs milliseconds.
 
-    python -m tests.drills.hand      reads a line of JSON for each order, answers with one
+    python -m tests.drills.hand CHILDREN      reads a line of JSON for each order, answers with one
 
-A run may be told to die after some seconds, or at its nth call that changes the disk (see `faults`). A daemon may also
-be started and left to itself: it is a process like any other, and who started it signals it and asks how it ended.
+CHILDREN says what a daemon has for worker and preparer: "scripted" ones, or "real" ones with torch imported. A run
+may be told to die after some seconds, or at its nth call that changes the disk (see `faults`). A daemon may also be
+started and left to itself: it is a process like any other, and who started it signals it and asks how it ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import json
 import os
@@ -50,8 +52,8 @@ class Outcome:
 
 
 class Hand:
-    def __init__(self, **environment: str) -> None:
-        command = [sys.executable, "-m", "tests.drills.hand"]
+    def __init__(self, children: str = "scripted", **environment: str) -> None:
+        command = [sys.executable, "-m", "tests.drills.hand", children]
         here = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environment
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=here
@@ -68,13 +70,13 @@ class Hand:
 
     def do(self, *arguments: str | Path, home: Path, **orders: Any) -> Outcome:
         """Run backup_manager.py in this home. Orders: after_s, nth, how, settings ({"longrun.store:YOUNG_S": 0}), and
-        program "daemon": daemon.py with scripted children.
+        program "daemon": daemon.py.
         """
         line = {"arguments": [*map(str, arguments), "--home", str(home)], "cwd": str(home), **orders}
         return Outcome(**self.ask(line))
 
     def start(self, *arguments: str, home: Path, log: Path, environment: dict[str, str]) -> Started:
-        """Start daemon.py with scripted children in this home, as subprocess.Popen would."""
+        """Start daemon.py in this home, as subprocess.Popen would."""
         whole = ["--home", str(home), *arguments]
         line = {"start": whole, "cwd": str(home), "log": str(log), "environment": environment}
         return Started(self, self.ask(line)["pid"], log)
@@ -130,14 +132,15 @@ def _serve() -> None:
     import backup_manager
     import daemon
     from longrun import compose  # noqa: F401 - warm
-    from tests.drills import scripted
+    from tests.drills.forked import fork_children
     from tests.probe import sitecustomize  # noqa: F401 - warm
 
-    programs = {"backup_manager": (backup_manager.main, lambda: None), "daemon": (daemon.main, scripted.fork_children)}
+    begin = functools.partial(fork_children, _children(sys.argv[1]))
+    programs = {"backup_manager": (backup_manager.main, lambda: None), "daemon": (daemon.main, begin)}
     for line in sys.stdin:
         order = json.loads(line)
         if "start" in order:
-            answer = {"pid": _start(daemon.main, order)}
+            answer = {"pid": _start(daemon.main, begin, order)}
         elif "poll" in order:
             answer = {"code": _code(order["poll"])}
         else:
@@ -146,12 +149,24 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _start(main: Any, order: dict[str, Any]) -> int:
+def _children(kind: str) -> Any:
+    """The main function of the program that a daemon starts as worker and preparer, with all that it imports."""
+    if kind == "scripted":
+        from tests.drills import scripted
+
+        return scripted.main
+
+    import train
+    from longrun.training import base_model, metrics, prepare, run, serve, trainer  # noqa: F401 - warm
+
+    return train.main
+
+
+def _start(main: Any, begin: Any, order: dict[str, Any]) -> int:
     """The pid of a fork that runs the daemon, whose children are forks of it; it ends as an interpreter does."""
     child = os.fork()
     if child:
         return child
-    from tests.drills import scripted
     from tests.probe import sitecustomize as probe
 
     with Path(order["log"]).open("a") as log, Path(os.devnull).open() as nothing:
@@ -162,7 +177,7 @@ def _start(main: Any, order: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.argv = ["daemon.py", *order["start"]]
-    scripted.fork_children()
+    begin()
     probe.main()
     faulthandler.register(signal.SIGUSR2)
     sys.exit(main(order["start"]))

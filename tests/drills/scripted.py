@@ -14,18 +14,16 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-import types
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from longrun import checkpoint, disk, wire, worker  # noqa: E402
+from longrun import checkpoint, disk, wire  # noqa: E402
 from longrun.errors import BadFile, ModelRemoved  # noqa: E402
 from longrun.examine import examine  # noqa: E402
 from longrun.home import FACTS, ROWS, Home  # noqa: E402
@@ -191,66 +189,6 @@ def _prepared(task: wire.Prepare) -> wire.Prepared:
     disk.remove_tree(folder, aside)  # of other settings
     disk.rename(aside, folder)
     return wire.Prepared(job=task.job, facts=facts)
-
-
-class Forked:
-    """In the place of subprocess.Popen, in a process that has everything imported: the child is a fork of it."""
-
-    def __init__(self, command: list[str], *, stdout: Any, stderr: Any, **options: Any) -> None:
-        self._code: int | None = None
-        begun, told = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            os.setsid()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stderr.fileno(), 2)
-            os.closerange(3, 1024)  # as an exec would: among them are locks
-            for number in (signal.SIGTERM, signal.SIGHUP):  # likewise
-                if callable(signal.getsignal(number)):
-                    signal.signal(number, signal.SIG_DFL)
-            sys.argv = command[1:]
-            _run_and_exit(command[2:])
-        os.close(told)
-        os.read(begun, 1)  # the session is its own by now, as it is when Popen returns
-        os.close(begun)
-
-    def poll(self) -> int | None:
-        if self._code is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if found else None
-        return self._code
-
-    def wait(self, timeout: float | None = None) -> int:
-        end = time.monotonic() + (60.0 if timeout is None else timeout)
-        while (code := self.poll()) is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
-            time.sleep(0.001)
-        return code
-
-
-def _run_and_exit(arguments: list[str]) -> NoReturn:
-    """As an interpreter would: the probe first, then the program, whatever its parent had begun."""
-    from tests.probe import sitecustomize as probe
-
-    code: Any = 1
-    try:
-        probe.main()
-        main(arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:  # noqa: BLE001 - shown as the interpreter would
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def fork_children() -> None:
-    """Let the daemon of this process have scripted children that need no imports."""
-    names = {"Popen": Forked, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-    worker.subprocess = types.SimpleNamespace(**names)  # type: ignore[assignment]
 
 
 def main(arguments: list[str] | None = None) -> None:

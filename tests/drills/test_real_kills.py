@@ -15,12 +15,12 @@ ROWS = (1, 7, 37, 60, 100, 160)
 
 
 @pytest.mark.skipif(not FULL, reason="tests/acceptance/test_kills.py has one in each phase")
-def test_a_kill_at_any_moment_changes_no_bit_of_the_real_model(campaign, quick, dropout_model):
+def test_a_kill_at_any_moment_changes_no_bit_of_the_real_model(campaign, quick, torch_hand, dropout_model):
     def attempt(life, dice):
         settings = drawn_settings(dice) | {"base_model": dropout_model}
         with (
-            closing(Mortal(quick / f"killed-{life}", **settings)) as lab,
-            closing(Mortal(quick / f"unbroken-{life}", **settings)) as unbroken,
+            closing(Mortal(quick / f"killed-{life}", hand=torch_hand, **settings)) as lab,
+            closing(Mortal(quick / f"unbroken-{life}", hand=torch_hand, **settings)) as unbroken,
         ):
             files = live_and_be_killed(lab, dice, campaign)
             assert lab.drain() == 0, lab.log

@@ -13,7 +13,7 @@
                              every process does to the disk
     LONGRUN_FREE_BYTES=FILE  while FILE exists, the number in it is what is free on the disk
 
-The product has no test hooks: functions are wrapped here when their module has been imported. A fault at
+The product has no test hooks: functions are wrapped here when their module is imported, or was. A fault at
 `transformers.trainer:Trainer.training_step` may ask for a batch that contains a row (`row`) or is larger than
 `rows_over`; any fault may ask for arguments that mention a text (`about`). Each fault strikes once a process, at
 its nth call, or every time with "nth": 0; with "once" it strikes once in all, unless its mark is there already.
@@ -194,7 +194,11 @@ def wrap(module, target: str, wrapper) -> None:
     *path, name = target.split(".")
     for part in path:
         owner = getattr(owner, part)
+    WRAPPED.append((owner, name, getattr(owner, name)))
     setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+WRAPPED: list[tuple[object, str, object]] = []  # with what was there before
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -231,7 +235,23 @@ class Trace(list):
         self.write(self.file, line.encode("utf-8", "backslashreplace") + b"\n")
 
 
+def install(wrappers: dict[str, list]) -> None:
+    """Wrap now what is imported already, and the rest when it is."""
+    for name in [name for name in wrappers if name in sys.modules]:
+        for function, wrapper in wrappers.pop(name):
+            wrap(sys.modules[name], function, wrapper)
+    if wrappers:
+        sys.meta_path.insert(0, Finder(wrappers))
+
+
+def uninstall() -> None:
+    """Take back what the process has wrapped of which this one is a fork."""
+    while WRAPPED:
+        setattr(*WRAPPED.pop())
+
+
 def main() -> None:
+    uninstall()
     wrappers: dict[str, list] = {}
     for fault in json.loads(os.environ.get("LONGRUN_FAULTS", "[]")):
         if fault.get("role", role()) == role():
@@ -260,8 +280,7 @@ def main() -> None:
         wrappers.setdefault("longrun.worker", []).append(("PROGRAM", lambda _: Path(os.environ["LONGRUN_CHILDREN"])))
     if "LONGRUN_FREE_BYTES" in os.environ:
         wrappers.setdefault("longrun.disk", []).append(("free_bytes", told))
-    if wrappers:
-        sys.meta_path.insert(0, Finder(wrappers))
+    install(wrappers)
 
 
 main()
