@@ -28,6 +28,7 @@ from longrun.lineage import Lineage
 
 STEPS = (100, 200, 300)
 PIECE = 1 << 20
+WAKENED = 2 << 10  # pieces; more than any run writes
 SETTLE_S = 3.0  # Longrun reads again what changed less than two seconds before a backup
 SAVING = ("first", "unchanged", "changed")
 
@@ -124,8 +125,22 @@ def one_round(tools: list[Tool], folder: Path, weights: list[Path]) -> dict[tupl
     return found
 
 
+def wake_memory(folder: Path) -> None:
+    """Write a file that never reaches the disk, and remove it: its memory is what the next writer is given.
+
+    The host of a virtual machine takes back memory that lies free. The first touch of such a page costs more than
+    copying it does, and would fall on some runs and not on others.
+    """
+    piece = bytes(PIECE)
+    with (folder / "wake").open("xb", buffering=0) as file:
+        for _ in range(WAKENED):
+            file.write(piece)
+    (folder / "wake").unlink()
+
+
 def operate(tool: Tool, operation: str, folder: Path) -> Measured:
     os.sync()
+    wake_memory(folder)
     if operation == "verify":
         return measure(tool.verify(), tool, cwd=folder)
     if operation == "restore":
@@ -225,10 +240,12 @@ def report(tools: list[Tool], absent: list[str], rounds: list[dict[tuple[str, st
 A model as Longrun keeps it: {len(STEPS)} checkpoints of random bytes, the newest published by hard links;
 {sum(sizes.values()) / 1e9:.2f} GB of files. {len(rounds)} rounds. A round runs each operation with all tools in turn,
 in an order that rotates and is turned round every second time; ratios are within a round. Before each run comes a
-`sync`; nothing is dropped, so sources and stores are read from memory as far as they fit, by all tools alike. In the
-time and the CPU time is an fsync of every file and folder that the tool wrote. cp verifies by `sha256sum -c`; it and
-borg restore without verifying, Longrun hashes every byte it wrote, restic has authenticated what it read. Given are
-medians (least–greatest). Memory is the greatest of all rounds; what needs less than the {own_mb:.0f} MB of the
+`sync`, and a file of {WAKENED * PIECE / 1e9:.1f} GB is written to memory and removed, so that the run gets
+memory which the host has not taken back (a first touch of such a page costs more than copying it). Nothing else is
+dropped, so sources and stores are read from memory as far as they fit, by all tools alike. In the time and the CPU
+time is an fsync of every file and folder that the tool wrote. cp verifies by `sha256sum -c`; it and borg restore
+without verifying, Longrun hashes every byte it wrote, restic has authenticated what it read. Given are medians
+(least–greatest). Memory is the greatest of all rounds; what needs less than the {own_mb:.0f} MB of the
 benchmark itself shows as that, since Linux hands them down to a child.
 
 {goals(rounds, starts)}
