@@ -28,7 +28,8 @@ fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/run.stamp  ## compare backups with cp, restic and borg; needs 20 GB; writes bench/RESULTS.md
+bench: .venv/run.stamp  ## rows that others lose; backups beside cp, restic, borg (20 GB): bench/RESULTS.md
+	$(BIN)/python -m bench.rows_lost
 	$(BIN)/python -m bench.backup
 
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.

@@ -119,7 +119,7 @@ def test_the_example_settings_are_the_defaults_and_name_every_key():
     assert set(settings.sources) == known
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "run", "check"])
+@pytest.mark.parametrize("target", ["demo", "test", "run", "check", "bench"])
 def test_the_make_targets_of_the_readme_exist(target):
     assert subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
 

@@ -1,0 +1,191 @@
+"""What people do today to go on with a model file after file, each as short as its documentation has it.
+
+    python -m bench.recipes NAME FILE HOME      train this file now; a second call goes on from a kill, as far as it can
+
+HOME holds `base/`, the model to begin with, and what the recipe keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+BATCH, RATE, SAVE_STEPS = 8, 2e-5, 2
+STEPS = {"save_steps": SAVE_STEPS, "logging_steps": 1, "learning_rate": RATE, "report_to": "none"}
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import Trainer
+
+
+def num_train_epochs(file: Path, home: Path) -> None:
+    """One output folder, gone on with: the first thing that people try."""
+    _resumed(_trainer(home / "base", file, home / "out", num_train_epochs=1), home / "out")
+
+
+def cumulative_max_steps(file: Path, home: Path, **more: Any) -> None:
+    """The step count is put right: what was trained before plus what this file needs."""
+    target = _global_step(home / "out") + math.ceil(_rows(file) / BATCH)
+    _resumed(_trainer(home / "base", file, home / "out", max_steps=target, **more), home / "out")
+
+
+def ignore_data_skip(file: Path, home: Path) -> None:
+    """And no batches are skipped."""
+    cumulative_max_steps(file, home, ignore_data_skip=True)
+
+
+def new_run_each_file(file: Path, home: Path) -> None:
+    """A fresh Trainer for each file, from the model that the last one left; a cut-off run is resumed."""
+    out = home / file.stem
+    trainer = _trainer(_last_model(home, file), file, out, num_train_epochs=1)
+    _resumed(trainer, out)
+    trainer.save_model(str(out / "model"))
+
+
+def sft_trainer(file: Path, home: Path) -> None:
+    """TRL's trainer on the rows as they are, one output folder."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(str(home / "out"), per_device_train_batch_size=BATCH, num_train_epochs=1, **_on_cpu())
+    rows = load_dataset("json", data_files=str(file), split="train")
+    _resumed(SFTTrainer(str(home / "base"), args=arguments, train_dataset=rows), home / "out")
+
+
+def trl_cli(file: Path, home: Path) -> None:
+    """`trl sft` for each file, from the model that the last one left."""
+    data = home / "data" / file.stem  # it takes a folder
+    data.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, data / "train.jsonl")
+    out = home / file.stem / "model"
+    settings = _on_cpu() | {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "output_dir": out}
+    flags = [f"--{key}={value}" for key, value in settings.items()]
+    command = ["trl", "sft", f"--model_name_or_path={_last_model(home, file)}", f"--dataset_name={data}", *flags]
+    os.execvp("trl", command)
+
+
+def axolotl(file: Path, home: Path) -> None:
+    """`axolotl train` for each file, from the model that the last one left; it resumes by itself."""
+    rows = {"path": str(file), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
+    settings = {
+        "base_model": str(_last_model(home, file)),
+        "datasets": [rows],
+        "output_dir": str(home / file.stem / "model"),
+        "auto_resume_from_checkpoints": True,
+        "sequence_len": 2048,
+        "micro_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "val_set_size": 0,
+        "optimizer": "adamw_torch",
+        "learning_rate": RATE,
+        "save_steps": SAVE_STEPS,
+        "logging_steps": 1,
+    }
+    settings |= {"bf16": "auto"} if _has_gpu() else {"bf16": False, "fp16": False, "tf32": False}
+    config = home / f"{file.stem}.yaml"
+    config.write_text(json.dumps(settings))  # JSON is YAML, too
+    os.execvp("axolotl", ["axolotl", "train", str(config)])
+
+
+def llamafactory(file: Path, home: Path) -> None:
+    """`llamafactory-cli train` for each file, from the model that the last one left; it resumes by itself."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    rows = {"file_name": str(file), "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (home / "dataset_info.json").write_text(json.dumps({file.stem: rows}))
+    settings = {
+        "model_name_or_path": str(_last_model(home, file)),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": str(home),
+        "dataset": file.stem,
+        "template": "default",
+        "output_dir": str(home / file.stem / "model"),
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        **STEPS,
+    }
+    config = home / f"{file.stem}.yaml"
+    config.write_text(json.dumps(settings))
+    os.execvp("llamafactory-cli", ["llamafactory-cli", "train", str(config)])
+
+
+# -- shared
+
+
+def _trainer(model: Path, file: Path, out: Path, **arguments: Any) -> Trainer:
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    ids = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
+    return Trainer(
+        AutoModelForCausalLM.from_pretrained(model),
+        TrainingArguments(str(out), per_device_train_batch_size=BATCH, **_on_cpu(), **arguments),
+        DataCollatorForSeq2Seq(tokenizer),
+        Dataset.from_list([{"input_ids": row, "labels": row} for row in ids]),
+        processing_class=tokenizer,
+    )
+
+
+def _on_cpu() -> dict[str, Any]:
+    return STEPS | {"use_cpu": not _has_gpu()}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _resumed(trainer: Trainer, out: Path) -> None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+
+
+def _global_step(out: Path) -> int:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    return int(json.loads((Path(last) / "trainer_state.json").read_text())["global_step"]) if last else 0
+
+
+def _rows(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+def _last_model(home: Path, file: Path) -> Path:
+    """What the file before this one left; files have their order in their names' list."""
+    names: list[str] = json.loads((home / "files.json").read_text())
+    before = names[: names.index(file.stem)]
+    return home / before[-1] / "model" if before else home / "base"
+
+
+RECIPES: tuple[Callable[[Path, Path], None], ...] = (
+    num_train_epochs,
+    cumulative_max_steps,
+    ignore_data_skip,
+    new_run_each_file,
+    sft_trainer,
+    trl_cli,
+    axolotl,
+    llamafactory,
+)
+
+if __name__ == "__main__":
+    {recipe.__name__: recipe for recipe in RECIPES}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,291 @@
+"""Rows lost: the same files, one after another and with one kill, through Longrun and what people do otherwise.
+
+Each recipe trains the same model on the same files with the same batch size. In the middle of the third file the
+training process is killed (Longrun's daemon with it), and the same command is typed again. What each row was trained
+is counted at the model's forward pass, by bench/probe for all alike; a step that a later process did again, because
+its checkpoint was older, counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.recipes import BATCH, RATE, SAVE_STEPS
+
+ROOT = Path(__file__).parent.parent
+UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
+WORDS = ["sum", "apple", "river", "seven", "green", "train", "paper", "cloud", "maple", "stone"]
+LIMIT_S = 3600
+APART = "a folder with virtual environments `axolotl` and `llamafactory`, in which these are installed"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train file after file: a function of bench/recipes.py, or Longrun."""
+
+    name: str
+    program: str
+    run_each_file: bool = False  # each file has an output folder, and global steps, of its own
+    apart: bool = False  # its libraries have versions of their own: it needs an environment of its own
+
+    @property
+    def is_ours(self) -> bool:
+        return self.program == "longrun"
+
+    def commands(self, home: Path, files: Path, rows: dict[str, int], python: Path) -> list[list[str]]:
+        """What to type, one after another: once for all files, or for each."""
+        if self.is_ours:
+            base = ["--base-model", str(home / "base")]
+            return [[str(python), str(ROOT / "daemon.py"), "run", "--drain", "--home", str(home), *base]]
+        recipe = [str(python), "-m", "bench.recipes", self.program]
+        return [[*recipe, str(files / f"{name}.jsonl"), str(home)] for name in rows]
+
+
+RECIPES = (
+    Recipe("Trainer, resumed, num_train_epochs=1", "num_train_epochs"),
+    Recipe("Trainer, resumed, cumulative max_steps", "cumulative_max_steps"),
+    Recipe("the same with ignore_data_skip", "ignore_data_skip"),
+    Recipe("Trainer, a new run each file from the last model", "new_run_each_file", run_each_file=True),
+    Recipe("TRL's SFTTrainer, resumed, num_train_epochs=1", "sft_trainer"),
+    Recipe("TRL's CLI, a new run each file from the last model", "trl_cli", run_each_file=True),
+    Recipe("axolotl, a new run each file from the last model", "axolotl", run_each_file=True, apart=True),
+    Recipe("LLaMA-Factory, a new run each file from the last model", "llamafactory", run_each_file=True, apart=True),
+    Recipe("Longrun", "longrun"),
+)
+
+
+@dataclass
+class Outcome:
+    """How a recipe did; rows are named `a-0001`."""
+
+    wall_s: float
+    after_kill: str
+    times: collections.Counter[str] = field(default_factory=collections.Counter)  # trained in the model's life
+    steps: int = 0
+    # At the first step of each file; None where it was never trained.
+    rates: dict[str, float | None] = field(default_factory=dict)
+    adam_steps: dict[str, int | None] = field(default_factory=dict)  # whose moments are there
+    held_out: int = 0
+    failed: str = ""
+
+
+# -- what goes in
+
+
+def numbered(name: str, rows: int, dice: random.Random) -> list[dict[str, Any]]:
+    """Rows of different lengths that carry their names."""
+    texts = [" ".join(dice.choices(WORDS, k=dice.randint(2, 12))) for _ in range(rows)]
+    return [marked(name, number, [chat("user", text), chat("assistant", text)]) for number, text in enumerate(texts)]
+
+
+def marked(name: str, number: int, messages: list[dict[str, str]]) -> dict[str, Any]:
+    first = {**messages[0], "content": f"Row {name}-{number:04d}. {messages[0]['content']}"}
+    return {"messages": [first, *messages[1:]]}
+
+
+def chat(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def make_files(folder: Path, data: list[Path]) -> dict[str, int]:
+    """Files a.jsonl, b.jsonl ... of UNEVEN, or of these chat files with their rows marked; how many rows each has."""
+    dice = random.Random(1)
+    if data:
+        contents = {
+            f"part{at}": [
+                marked(f"part{at}", number, json.loads(line)["messages"])
+                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines())
+            ]
+            for at, path in enumerate(data, start=1)
+        }
+    else:
+        contents = {name: numbered(name, rows, dice) for name, rows in UNEVEN.items()}
+    folder.mkdir()
+    for name, rows in contents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {name: len(rows) for name, rows in contents.items()}
+
+
+def make_base(folder: Path) -> None:
+    from longrun.training.tiny import make_model, make_tokenizer
+
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+# -- a recipe at work
+
+
+def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: Path) -> Outcome:
+    shutil.copytree(files.parent / "base", home / "base")
+    (home / "files.json").write_text(json.dumps(list(rows)))
+    third = list(rows)[2]
+    environment = os.environ | {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}",
+        "BENCH_PROBE": str(home / "forwards.jsonl"),
+        "BENCH_MODEL": str(home / "base"),
+        "BENCH_KILL": f"{third}:{math.ceil(math.ceil(rows[third] / BATCH) / 2)}",
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+    }
+    if recipe.is_ours:
+        fill_inbox(home, files, rows)
+    outcome = Outcome(0.0, "the third file trains nothing")
+    for name, command in zip(rows, recipe.commands(home, files, rows, python), strict=False):
+        run = name if recipe.run_each_file else "all"
+        work(command, home, environment | {"BENCH_RUN": run}, outcome)
+        if outcome.failed:
+            break
+    count(home / "forwards.jsonl", rows, outcome)
+    if recipe.is_ours:
+        lineage = json.loads((home / "current_model" / "lineage.json").read_text())
+        outcome.held_out = sum(record["held_out_rows"] for record in lineage["files"])
+    return outcome
+
+
+def fill_inbox(home: Path, files: Path, rows: dict[str, int]) -> None:
+    (home / "longrun.toml").write_text(
+        f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {SAVE_STEPS}\nlogging_steps = 1\n"
+    )
+    (home / "inbox").mkdir()
+    now = time.time()
+    for at, name in enumerate(rows):
+        target = home / "inbox" / f"{name}.jsonl"
+        shutil.copy(files / f"{name}.jsonl", target)
+        os.utime(target, (now - 100 + at, now - 100 + at))
+
+
+def work(command: list[str], home: Path, environment: dict[str, str], outcome: Outcome) -> None:
+    """Type the command; after the kill, once more."""
+    mark = home / "forwards.jsonl.killed"
+    was_killed = mark.exists()
+    code, tail = typed(command, home, environment, outcome)
+    if mark.exists() and not was_killed:
+        lines = len((home / "forwards.jsonl").read_text().splitlines())
+        code, tail = typed(command, home, environment, outcome)
+        again = [json.loads(line) for line in (home / "forwards.jsonl").read_text().splitlines()[lines:]]
+        outcome.after_kill = f"on from step {again[0]['global_step']}" if again else "trains nothing"
+    if code:
+        outcome.failed = tail or f"exit {code}"
+
+
+def typed(command: list[str], home: Path, environment: dict[str, str], outcome: Outcome) -> tuple[int, str]:
+    """Exit code, and the last line that was said."""
+    began = time.monotonic()
+    with (home / "said.log").open("a+") as log:
+        code = subprocess.run(
+            command, cwd=home, env=environment, stdout=log, stderr=log, timeout=LIMIT_S, check=False
+        ).returncode
+        outcome.wall_s += time.monotonic() - began
+        log.seek(0)
+        return code, log.read().strip().rpartition("\n")[2]
+
+
+def count(probe: Path, rows: dict[str, int], outcome: Outcome) -> None:
+    """What is in the model in the end: a process that begins at a step undoes that step and all later ones."""
+    lived: list[dict[str, Any]] = []
+    process = None
+    for line in probe.read_text().splitlines() if probe.exists() else []:
+        forward = json.loads(line)
+        if forward["pid"] != process:
+            process, run, begin = forward["pid"], forward["run"], forward["global_step"]
+            lived = [one for one in lived if one["run"] != run or one["global_step"] < begin]
+        lived.append(forward)
+    outcome.times = collections.Counter(row for forward in lived for row in forward["rows"])
+    outcome.steps = len({(forward["run"], forward["global_step"]) for forward in lived})
+    for name in rows:
+        of_file = [one for one in lived if any(row.startswith(f"{name}-") for row in one["rows"])]
+        outcome.rates[name] = of_file[0]["learning_rate"] if of_file else None
+        outcome.adam_steps[name] = of_file[0]["adam_steps"] if of_file else None
+
+
+# -- the report
+
+
+def report(outcomes: dict[str, list[Outcome]], absent: list[str], rows: dict[str, int], folder: Path) -> str:
+    planned = sum(math.ceil(count / BATCH) for count in rows.values())
+    head = ("recipe", "rows never trained", "rows trained more than once", "steps", "learning rate", "steps in Adam",
+            "after the kill", "wall, s")  # fmt: skip
+    lines = [line(name, found, rows) for name, found in outcomes.items()]
+    return f"""## Rows lost
+
+{results.machine(folder)}
+- {versions()}
+{"".join(f"- not installed, left out: {name}{chr(10)}" for name in absent)}
+Files of {", ".join(map(str, rows.values()))} rows, one epoch of each, {BATCH} rows a step: {planned} steps and
+{sum(rows.values())} rows are to be trained. A checkpoint every {SAVE_STEPS} steps; SIGKILL in the middle of the third
+file, then the same command again. Counted at the model's forward pass. At the first step of each file: the learning
+rate as a share of the one that was set, and of how many steps the optimizer has the moments. Wall time is of all
+processes, their start included: {len(next(iter(outcomes.values())))} rounds, median (least–greatest); the rest is of
+the first round.
+
+{results.table(head, lines)}
+"""
+
+
+def line(name: str, found: list[Outcome], rows: dict[str, int]) -> list[str]:
+    one = found[0]
+    planned = sum(math.ceil(count / BATCH) for count in rows.values())
+    never = sum(rows.values()) - len(one.times) - one.held_out
+    held_out = f" (and {one.held_out} held out, as told)" if one.held_out else ""
+    more = sum(times > 1 for times in one.times.values())
+    rates = " ".join("–" if rate is None else f"{rate / RATE:.2f}" for rate in one.rates.values())
+    wall = results.spread([other.wall_s for other in found], ".0f")
+    remembered = " ".join("–" if steps is None else str(steps) for steps in one.adam_steps.values())
+    after = one.failed or one.after_kill
+    return [name, f"{never}{held_out}", str(more), f"{one.steps} of {planned}", rates, remembered, after, wall]
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "trl"))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.rows_lost", description=__doc__)
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="chat JSONL files (default: five uneven ones)")
+    parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
+    parser.add_argument("--apart", type=Path, default=Path(sys.prefix) / "apart", help=APART)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="recipes whose name contains this")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    chosen = {recipe: args.apart / recipe.program if recipe.apart else Path(sys.prefix) for recipe in RECIPES}
+    chosen = {recipe: place / "bin" / "python" for recipe, place in chosen.items() if args.only in recipe.name}
+    absent = [recipe.name for recipe, python in chosen.items() if not python.exists()]
+    outcomes: dict[str, list[Outcome]] = {recipe.name: [] for recipe in chosen if recipe.name not in absent}
+    with tempfile.TemporaryDirectory(prefix="bench-rows-", dir=args.folder) as work_in:
+        folder = Path(work_in).resolve()
+        make_base(folder / "base")
+        rows = make_files(folder / "files", args.data)
+        for number in range(args.rounds):
+            for recipe, python in chosen.items():
+                if recipe.name in outcomes:
+                    home = folder / f"round-{number}" / recipe.program
+                    outcomes[recipe.name].append(play(recipe, home, folder / "files", rows, python))
+                    told = " | ".join(line(recipe.name, outcomes[recipe.name][-1:], rows))
+                    print(f"round {number + 1} of {args.rounds}: {told}", flush=True)
+        section = "rows lost, given files" if args.data else "rows lost"
+        results.write_section(section, report(outcomes, absent, rows, folder), args.results)
+    print(f"written to {args.results}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
