@@ -48,6 +48,13 @@ class Fault:
 
 FAULTS = (
     Fault(
+        "a refused write is told as solved when it is tried again",
+        "longrun/runs.py",
+        "        if not self._refused:\n            self._context",
+        "        if True:\n            self._context",
+        "drills/test_disk.py::test_what_no_file_can_help_rejects_none",
+    ),
+    Fault(
         "rows one place off",
         "longrun/training/data.py",
         "row = int(self._order[index])",

@@ -70,7 +70,7 @@ def test_what_no_file_can_help_rejects_none(campaign, quick):
         finally:
             lab.close()
 
-    campaign.run("4: a child that is refused everything costs no file an attempt", cases, attempt, small=1)
+    campaign.run("4: a child that is refused everything costs no file an attempt", cases, attempt, small=2)
 
 
 def test_a_slow_disk_costs_no_attempt_no_file_and_no_row(campaign, quick, hand):
