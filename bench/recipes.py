@@ -1,6 +1,8 @@
 """What people do today to go on with a model file after file, each as short as its documentation has it.
 
-    python -m bench.recipes NAME FILE HOME      train this file now; a second call goes on from a kill, as far as it can
+    python -m bench.recipes NAME FILE HOME [STEPS]
+
+trains this file now; a second call goes on from a kill, as far as it can.
 
 HOME holds `base/`, the model to begin with, and what the recipe keeps.
 """
@@ -117,6 +119,15 @@ def llamafactory(file: Path, home: Path) -> None:
     os.execvp("llamafactory-cli", ["llamafactory-cli", "train", str(config)])
 
 
+def plain(file: Path, home: Path) -> None:
+    """One run over one file at a constant rate, with a checkpoint every so many steps, the last argument."""
+    settings = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "save_total_limit": 2}
+    settings |= {"save_steps": int(sys.argv[4]), "logging_steps": 10}
+    trainer = _trainer(_last_model(home, file), file, home / file.stem, **settings)
+    trainer.train()
+    trainer.save_model(str(home / file.stem / "model"))
+
+
 # -- shared
 
 
@@ -135,7 +146,7 @@ def _trainer(model: Path, file: Path, out: Path, **arguments: Any) -> Trainer:
     ids = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
     return Trainer(
         AutoModelForCausalLM.from_pretrained(model),
-        TrainingArguments(str(out), per_device_train_batch_size=BATCH, **_on_cpu(), **arguments),
+        TrainingArguments(str(out), per_device_train_batch_size=BATCH, **(_on_cpu() | arguments)),
         DataCollatorForSeq2Seq(tokenizer),
         Dataset.from_list([{"input_ids": row, "labels": row} for row in ids]),
         processing_class=tokenizer,
@@ -172,7 +183,7 @@ def _rows(file: Path) -> int:
 def _last_model(home: Path, file: Path) -> Path:
     """What the file before this one left; files have their order in their names' list."""
     names: list[str] = json.loads((home / "files.json").read_text())
-    before = names[: names.index(file.stem)]
+    before = names[: names.index(file.stem)] if file.stem in names else []
     return home / before[-1] / "model" if before else home / "base"
 
 
@@ -185,6 +196,7 @@ RECIPES: tuple[Callable[[Path, Path], None], ...] = (
     trl_cli,
     axolotl,
     llamafactory,
+    plain,
 )
 
 if __name__ == "__main__":

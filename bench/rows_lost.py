@@ -25,6 +25,7 @@ from typing import Any
 
 from bench import results
 from bench.recipes import BATCH, RATE, SAVE_STEPS
+from bench.workload import make_base, marked, numbered
 
 ROOT = Path(__file__).parent.parent
 UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
@@ -86,21 +87,6 @@ class Outcome:
 # -- what goes in
 
 
-def numbered(name: str, rows: int, dice: random.Random) -> list[dict[str, Any]]:
-    """Rows of different lengths that carry their names."""
-    texts = [" ".join(dice.choices(WORDS, k=dice.randint(2, 12))) for _ in range(rows)]
-    return [marked(name, number, [chat("user", text), chat("assistant", text)]) for number, text in enumerate(texts)]
-
-
-def marked(name: str, number: int, messages: list[dict[str, str]]) -> dict[str, Any]:
-    first = {**messages[0], "content": f"Row {name}-{number:04d}. {messages[0]['content']}"}
-    return {"messages": [first, *messages[1:]]}
-
-
-def chat(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
 def make_files(folder: Path, data: list[Path]) -> dict[str, int]:
     """Files a.jsonl, b.jsonl ... of UNEVEN, or of these chat files with their rows marked; how many rows each has."""
     dice = random.Random(1)
@@ -118,13 +104,6 @@ def make_files(folder: Path, data: list[Path]) -> dict[str, int]:
     for name, rows in contents.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {name: len(rows) for name, rows in contents.items()}
-
-
-def make_base(folder: Path) -> None:
-    from longrun.training.tiny import make_model, make_tokenizer
-
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
 
 
 # -- a recipe at work

@@ -1,0 +1,189 @@
+"""Daemon tax: N files through the daemon, against one plain Trainer over all their rows and a cold process for each.
+
+All three train the same model on the same rows with the same batches, learning rate and number of checkpoints. Wall
+time is of whole commands, the start of Python and the loading of torch included, once for the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from bench import results
+from bench.recipes import BATCH, RATE
+from bench.workload import make_base, numbered
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 3600
+LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
+DAEMON, PLAIN, COLD = "the daemon", "one plain Trainer over all rows", "a cold process for each file"
+CALIBRATING_STEPS = 20
+# The parts of a file's time in the daemon: from the first event to the last.
+PARTS = {
+    "planned, to the worker's start on it": ("planned", "started"),
+    "trained and saved": ("started", "saved"),
+    "booked and put away, to the next plan": ("saved", "planned"),
+}
+
+
+# -- what is trained
+
+
+class Load:
+    """So many equal files, and what trains them."""
+
+    def __init__(self, folder: Path, files: int, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.names = [f"f{number:02d}" for number in range(files)]
+        folder.mkdir()
+        dice = random.Random(1)
+        contents = [
+            "".join(json.dumps(row) + "\n" for row in numbered(name, steps * BATCH, dice)) for name in self.names
+        ]
+        for name, content in zip(self.names, contents, strict=True):
+            (folder / f"{name}.jsonl").write_text(content)
+        (folder / "all.jsonl").write_text("".join(contents))
+
+    def through_the_daemon(self, home: Path) -> float:
+        (home / "longrun.toml").write_text(
+            f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {self.steps}\n"
+            "[inbox]\nsettle_s = 1.0\n"
+        )
+        (home / "inbox").mkdir()
+        for name in self.names:
+            shutil.copy(self.folder / f"{name}.jsonl", home / "inbox")
+        base = ["--base-model", str(home / "base")]
+        return timed([str(ROOT / "daemon.py"), "run", "--drain", "--home", str(home), *base], home)
+
+    def plain(self, home: Path) -> float:
+        return timed(self._recipe("plain", self.folder / "all.jsonl", home), home)
+
+    def cold(self, home: Path) -> float:
+        files = [self.folder / f"{name}.jsonl" for name in self.names]
+        return sum(timed(self._recipe("plain", file, home), home) for file in files)
+
+    def _recipe(self, name: str, file: Path, home: Path) -> list[str]:
+        return ["-m", "bench.recipes", name, str(file), str(home), str(self.steps)]
+
+
+def timed(arguments: list[str], home: Path) -> float:
+    """Wall seconds of a Python program; what it said is in said.log."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with (home / "said.log").open("a") as log:
+        began = time.monotonic()
+        command = [sys.executable, *arguments]
+        subprocess.run(command, cwd=home, env=environment, stdout=log, stderr=log, timeout=LIMIT_S, check=True)
+        return time.monotonic() - began
+
+
+def one_round(load: Load, base: Path, folder: Path, order: list[str]) -> dict[str, float]:
+    ways = {DAEMON: load.through_the_daemon, PLAIN: load.plain, COLD: load.cold}
+    found = {}
+    for way in order:
+        home = folder / way.replace(" ", "-")
+        home.mkdir(parents=True)
+        shutil.copytree(base, home / "base")
+        (home / "files.json").write_text(json.dumps(load.names))
+        found[way] = ways[way](home)
+        print(f"  {way}: {found[way]:.1f} s", flush=True)
+    return found
+
+
+def seconds_a_step(base: Path, folder: Path) -> float:
+    """Of the plain Trainer, its start and first steps left out."""
+    loads = [Load(folder / f"calibrate-{count}", 1, count) for count in (CALIBRATING_STEPS, 3 * CALIBRATING_STEPS)]
+    walls = [one_round(load, base, load.folder / "home", [PLAIN])[PLAIN] for load in loads]
+    return max((walls[1] - walls[0]) / (2 * CALIBRATING_STEPS), 1e-3)
+
+
+# -- the report
+
+
+def parts_of(home: Path) -> dict[str, list[float]]:
+    """How long each file took from one event to the next, in seconds; the first file warms up and is left out."""
+    lines = (home / "state" / "events.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    last_saved = {event["job"]: event for event in told if event["event"] == "saved"}
+    kept = [
+        event
+        for event in told
+        if event["event"] in ("planned", "started") or (event["event"] == "saved" and last_saved[event["job"]] is event)
+    ]
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
+    for before, after in itertools.pairwise(kept):
+        for part, ends in PARTS.items():
+            if (before["event"], after["event"]) == ends and before["job"] != kept[0]["job"]:
+                found[part].append(seconds(before, after))
+    return found
+
+
+def seconds(before: dict[str, str], after: dict[str, str]) -> float:
+    return (datetime.fromisoformat(after["time"]) - datetime.fromisoformat(before["time"])).total_seconds()
+
+
+def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], bound: float) -> str:
+    ratios = {way: [found[way] / found[PLAIN] for found in rounds] for way in (DAEMON, COLD)}
+    reached = "reached" if statistics.median(ratios[DAEMON]) <= bound else "**missed**"
+    rows = [
+        [
+            way,
+            results.spread([found[way] for found in rounds], ".1f"),
+            results.spread(ratios[way]) if way in ratios else "1",
+        ]
+        for way in (DAEMON, PLAIN, COLD)
+    ]
+    of_parts = [[part, results.spread(values, ".3f")] for part, values in parts.items() if values]
+    return f"""### {what}
+
+At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
+
+{results.table(("way", "wall, s", "time / plain"), rows)}
+
+{results.table(("a file in the daemon, last round", "s"), of_parts)}
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.daemon_tax", description=__doc__)
+    parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
+    parser.add_argument("--loads", nargs="+", default=["10x30", "50x3"], help="FILESxSECONDS")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    sections = []
+    with tempfile.TemporaryDirectory(prefix="bench-tax-", dir=args.folder) as work:
+        folder = Path(work).resolve()
+        make_base(folder / "base", **LARGER)
+        step_s = seconds_a_step(folder / "base", folder)
+        print(f"{step_s:.3f} s a step", flush=True)
+        for given in args.loads:
+            files, file_s = (int(word) for word in given.split("x"))
+            load = Load(folder / given, files, max(1, math.ceil(file_s / step_s)))
+            what = f"{files} files of {load.steps} steps, {load.steps * step_s:.1f} s each"
+            rounds = []
+            for number in range(args.rounds):
+                print(f"{what}: round {number + 1} of {args.rounds}", flush=True)
+                ways = [DAEMON, PLAIN, COLD]
+                at = number % len(ways)
+                rounds.append(one_round(load, folder / "base", folder / f"{given}-{number}", ways[at:] + ways[:at]))
+            parts = parts_of(folder / f"{given}-{args.rounds - 1}" / DAEMON.replace(" ", "-"))
+            sections.append(report(what, rounds, parts, 1.03 if file_s >= 30 else 1.15))
+        head = f"## Daemon tax\n\n{results.machine(folder)}\n\n{(__doc__ or '').partition(chr(10) * 2)[2]}"
+        results.write_section("daemon tax", f"{head}\n{chr(10).join(sections)}", args.results)
+    print(f"written to {args.results}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
