@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from longrun import disk
 from longrun.errors import BadModel, ModelRemoved
-from longrun.lineage import Lineage
+from longrun.lineage import Lineage, name_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -175,7 +175,7 @@ def _checkpoint(folder: Path, former: Checkpoint | None = None) -> Checkpoint:
 def _lineage_in(folder: Path) -> str | None:
     """Which lineage the folder says it is of; None when it does not say."""
     try:
-        return Lineage.from_json((folder / LINEAGE).read_text(encoding="utf-8")).lineage
+        return name_in((folder / LINEAGE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

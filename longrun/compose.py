@@ -30,7 +30,7 @@ HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a 
 
 def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
     """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
-    disk.return_large_blocks()
+    disk.return_large_blocks(32 << 10)  # nothing here is quick because of them
     settings = config.load(home.settings, flags=flags)
     home.check()
     home.make()

@@ -152,6 +152,7 @@ class Context:
         self.missing_unsure |= bool(self.missing)  # it may make up for one of them
         archive.put_away(self.home, done)
         self._sweep()
+        disk.return_free_memory()
 
     def reject(self, job: Job, reason: dict[str, Any]) -> None:
         """End the job without training (the rest of) its file; the reason goes with the file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -549,8 +550,23 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def return_large_blocks() -> None:
-    """Let large blocks of memory go back to the system when they are freed.
+def return_free_memory() -> None:
+    """Collect what is garbage by now, and give back the pages that are free between blocks in use.
+
+    Python looks for cycles among what has lived long only when a quarter as much has come, and glibc keeps what is
+    free below the top of its heap: a process that lives for months would keep a part of every peak.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        import ctypes
+
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
+def return_large_blocks(large_bytes: int = 128 << 10) -> None:
+    """Let large blocks of memory go back to the system when they are freed; glibc calls 128 KiB large at first.
 
     glibc takes the largest block that was ever freed, up to 32 MiB, for a size that is soon needed again, and keeps
     twice as much from then on: one bomb or long row among thousands of files would stay for the life of the process,
@@ -559,7 +575,7 @@ def return_large_blocks() -> None:
     if sys.platform == "linux":
         import ctypes
 
-        m_mmap_threshold, large_bytes = -3, 128 << 10  # mallopt(3); glibc begins with this size
+        m_mmap_threshold = -3  # mallopt(3)
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, nor the habit
         if mallopt is not None:
             mallopt(m_mmap_threshold, large_bytes)

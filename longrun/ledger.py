@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-CACHE_KIB = 256  # of its pages; SQLite's own limit is 2 MiB, which a history of years fills
+CACHE_KIB = 64  # of its pages, which hundreds of files fill; what it reads again is in the system's cache
 
 _COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason, record"
 _MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"

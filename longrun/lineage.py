@@ -171,6 +171,12 @@ class Lineage:
         )
 
 
+def name_in(text: str) -> str:
+    """Which lineage was written by to_json, without its records; ValueError, KeyError or TypeError when it is none."""
+    found: str = json.loads(text, object_hook=lambda values: None if "outcome" in values else values)["lineage"]
+    return found
+
+
 def _record(former: Iterator[FileRecord], values: dict[str, Any]) -> FileRecord | dict[str, Any]:
     """What the parser has just read, as a record where it is one: all of them as dicts would take twice the memory."""
     if "outcome" not in values:

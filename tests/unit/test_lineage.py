@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longrun.lineage import FileRecord, InProgress, Lineage
+from longrun.lineage import FileRecord, InProgress, Lineage, name_in
 from longrun.plan import Plan, Recipe
 from tests.unit.builders import lineage_at, plan_of
 
@@ -31,6 +31,7 @@ def test_a_lineage_survives_json_exactly(lineage: Lineage) -> None:
     text = lineage.to_json()
     assert text.isascii()
     assert Lineage.from_json(text) == lineage
+    assert name_in(text) == lineage.lineage
 
 
 def test_json_tells_readers_how_far_the_job_is() -> None:
