@@ -209,7 +209,7 @@ OPEN_FILES = 1024
 FEW_OPEN_FILES = (6, 24)
 ROOMY = "size=80m,nr_inodes=4000"
 TROUBLES = {
-    "full": (fill, make_roomy, "No space left|is full"),
+    "full": (fill, make_roomy, "No space left|is full|disk I/O error; see to it .* has room"),
     "no inodes": (use_up_inodes, make_roomy, "No space left|unable to open database file"),
     "open files": (limit_open_files, allow_open_files, "Too many open files|unable to open database file"),
     "read only": (make_read_only, make_writable, "Read-only|readonly|unable to open database file"),
