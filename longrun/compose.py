@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, config, disk, requests
+from longrun import checkpoint, config, disk, process, requests
 from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError, ModelRemoved
 from longrun.journal import Journal
@@ -30,7 +30,7 @@ HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a 
 
 def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
     """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
-    disk.return_large_blocks(32 << 10)  # nothing here is quick because of them
+    process.return_large_blocks(32 << 10)  # nothing here is quick because of them
     settings = config.load(home.settings, flags=flags)
     home.check()
     home.make()

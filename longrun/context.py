@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config, disk
+from longrun import archive, checkpoint, config, disk, process
 from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
+from longrun.lineage import FileRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from longrun.home import Home
     from longrun.journal import Journal
     from longrun.ledger import Ledger
-    from longrun.lineage import FileRecord
     from longrun.notify import Notifier
 
 
@@ -72,6 +72,11 @@ class Context:
     def solved(self, kind: str) -> None:
         if self.problems.pop(kind, None) is not None:
             self.say("solved", f"{kind}: solved")
+
+    def disk_is_well(self) -> None:
+        """What was refused has been written since."""
+        self.solved("room")
+        self.solved("disk")
 
     def hold_model(self) -> None:
         """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
@@ -150,20 +155,48 @@ class Context:
         done = self.ledger.move(job, JobState.TRAINED, attempts=0, record=record.to_json())
         self.ended_now += 1
         self.missing_unsure |= bool(self.missing)  # it may make up for one of them
-        archive.put_away(self.home, done)
+        self.put_away(done)
         self._sweep()
-        disk.return_free_memory()
 
     def reject(self, job: Job, reason: dict[str, Any]) -> None:
         """End the job without training (the rest of) its file; the reason goes with the file."""
-        text = _in_words(reason)
         refused = self.ledger.move(job, JobState.REJECTED, reason=json.dumps(reason))
-        self.rejected_now += 1
         self.ended_now += 1
-        place = archive.put_away(self.home, refused)
+        self.rejected_now += 1
+        self.put_away(refused)
+
+    def put_away(self, job: Job) -> None:
+        """Bring the file of a job that is over to its last place, and tell how it ended: in this life, or the next."""
+        place = archive.put_away(self.home, job)
+        process.return_free_memory()  # a file is the largest thing that comes and goes
+        if job.state is JobState.REJECTED:
+            self._tell_rejected(job, json.loads(job.reason), place.name if place else job.name)
+        elif job.record:  # none of what was trained before records were kept
+            self._tell_trained(job, FileRecord.from_json(job.record))
+
+    def _tell_trained(self, job: Job, record: FileRecord) -> None:
+        losses = (
+            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
+        )
+        if record.eval_loss is not None:
+            losses.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
+        self.say(
+            "trained",
+            f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"
+            f" global step {record.target_step}; {'; '.join(losses)}",
+            job=job.number,
+            file=job.name,
+            global_step=record.target_step,
+            planned_steps=record.planned_steps,
+            final_loss=record.final_loss,
+            mean_loss=record.mean_loss,
+            eval_loss=record.eval_loss,
+        )
+
+    def _tell_rejected(self, job: Job, reason: dict[str, Any], name: str) -> None:
         self.say(
             "rejected",
-            f"{job.name} is rejected: {text} (rejected/{place.name if place else job.name}; once it is"
+            f"{job.name} is rejected: {_in_words(reason)} (rejected/{name}; once it is"
             " mended there, `daemon.py retry` drops it again)",
             level="warning",
             job=job.number,

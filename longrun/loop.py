@@ -127,7 +127,7 @@ class Daemon:
         for folder in sorted(context.home.jobs.iterdir()):
             job = context.ledger.get(int(folder.name)) if folder.name.isdecimal() else None
             if job is not None and job.state in FINAL:
-                archive.put_away(context.home, job)
+                context.put_away(job)
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
         """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
@@ -201,6 +201,8 @@ class Daemon:
             self._go_on(now)
             if self._taking_back:
                 self._ring()  # the rest of it at once
+            if self._runs.current is None and not self._context.waiting(limit=1):
+                self._context.disk_is_well()  # nothing of what it refused is left to be done
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -218,7 +220,8 @@ class Daemon:
             self._context.solved("restore")
 
     def _stand_still(self, now: float, trouble: str, error: Exception) -> None:
-        self._context.problem(trouble, f"paused: {trouble}. {error}")
+        kind = "room" if isinstance(error, disk.NoRoom) else trouble
+        self._context.problem(kind, f"paused: {trouble}. {error}")
         self._trouble = trouble
         if trouble == "model":
             since_ended, looks = self._model_troubles
@@ -360,16 +363,12 @@ class Daemon:
         return True, newest
 
     def _check_room(self, newest: Checkpoint | None) -> None:
-        """OSError(ENOSPC) when the next checkpoint would not fit; better to stand still before than in the middle."""
+        """NoRoom when the next checkpoint would not fit; better to stand still before than in the middle."""
         need = ROOM_BYTES + (disk.tree_bytes(newest.path) if newest else 0)
         free = disk.free_bytes(self._context.home.staging)
         if free < need:
-            raise OSError(
-                errno.ENOSPC,
-                f"the next checkpoint needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
-                str(self._context.home.root),
-            )
-        self._runs.found_room()
+            raise disk.NoRoom("the next checkpoint", self._context.home.root, need=need, free=free)
+        self._context.solved("room")
 
     # -- telling
 

@@ -70,7 +70,6 @@ class Runs:
         self.current: Run | None = None
         self._idle_since = 0.0
         self._deaths = 0
-        self._refused = False  # the disk refused the worker a write, and has taken none since
 
     # -- starting
 
@@ -324,7 +323,7 @@ class Runs:
 
     def _progress(self, run: Run, message: wire.Progress) -> None:
         run.waiting = None
-        self.found_room()
+        self._context.solved("room")
         run.global_step, run.loss, run.steps_per_s = message.global_step, message.loss, message.steps_per_s
         run.first_loss = message.loss if run.first_loss is None else run.first_loss
         done, planned = run.plan.done_steps(run.global_step), run.plan.planned_steps
@@ -342,7 +341,7 @@ class Runs:
     def _saved(self, run: Run, message: wire.Saved) -> None:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
-        self._written()
+        self._context.disk_is_well()
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -361,19 +360,10 @@ class Runs:
     def _waits(self, run: Run, message: wire.Waiting) -> None:
         run.waiting = message
         self._context.problem(
-            "disk",
+            "room",
             f"paused: disk. The next checkpoint needs {message.need_bytes / 1e6:.0f} MB,"
             " and less than that is free; training goes on by itself when there is room",
         )
-
-    def found_room(self) -> None:
-        """There is room for the next checkpoint; that a refused write is mended is believed when one succeeds."""
-        if not self._refused:
-            self._context.solved("disk")
-
-    def _written(self) -> None:
-        self._refused = False
-        self._context.solved("disk")
 
     # -- ending
 
@@ -401,27 +391,8 @@ class Runs:
             self._retry(run, "the worker said it was done, but no verified checkpoint says so", "crash")
 
     def finish(self, job: Job, newest: Checkpoint) -> None:
-        """The model's lineage has the job: tell how it went and put the file away."""
-        self._written()
-        record = newest.lineage.trained(self._context.home_id)[job.number, job.sha256]
-        told = (
-            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
-        )
-        if record.eval_loss is not None:
-            told.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
-        self._context.finish(job, record)
-        self._context.say(
-            "trained",
-            f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"
-            f" global step {record.target_step}; {'; '.join(told)}",
-            job=job.number,
-            file=job.name,
-            global_step=record.target_step,
-            planned_steps=record.planned_steps,
-            final_loss=record.final_loss,
-            mean_loss=record.mean_loss,
-            eval_loss=record.eval_loss,
-        )
+        """The model's lineage has the job."""
+        self._context.finish(job, newest.lineage.trained(self._context.home_id)[job.number, job.sha256])
 
     def _end_stopped(self, run: Run, why: str, rows_trained: list[int]) -> None:
         done = run.plan.done_steps(run.global_step)
@@ -457,7 +428,6 @@ class Runs:
             }
             self._context.reject(run.job, reason | {"fix": failure.hint})
         elif failure.kind == "disk":
-            self._refused = True
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise disk.Refused(failure.why)
         elif failure.kind == "base model":

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longrun import disk, wire
+from longrun import disk, process, wire
 from longrun.errors import BadConfig, BadFile, LongrunError, ModelRemoved
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LOCK_WAIT_S = 60.0
 
 def be_a_child() -> None:
     """Live and die with the daemon: Ctrl-C is its to handle, and nobody else is left to do so once it is gone."""
-    disk.die_with_parent()
+    process.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -153,7 +153,7 @@ class Preparer:
 def preparer(socket: Path) -> None:
     """Examine and prepare files, until the daemon is gone. Heavy imports come with the first file to tokenise."""
     be_a_child()
-    disk.return_large_blocks()
+    process.return_large_blocks()
     channel = wire.connect(socket)
     channel.send(wire.Hello(pid=os.getpid(), role="preparer"))
     work = Preparer(channel)

@@ -78,7 +78,7 @@ class Campaign:
         try:
             attempt(case, random.Random(f"{self.seed}.{number}"))
         except Exception as error:  # noqa: BLE001 - the other cases are attempted all the same
-            failure = f"{error!r:.1000} ... {str(error)[-3000:]}"
+            failure = _cut(repr(error))
         done = Attempt(self.seed, number, repr(case), failure, self.notes)
         if self.record:
             self.record.add(done)
@@ -114,6 +114,11 @@ class Record:
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("a") as file:
             file.write("\n" + json.dumps(vars(attempt)))
+
+
+def _cut(text: str) -> str:
+    """Where it began and how it ended."""
+    return text if len(text) <= 4000 else f"{text[:1000]} ... {text[-3000:]}"
 
 
 def _told(attempts: list[Attempt], cases: int, before: int, seed: str) -> str:

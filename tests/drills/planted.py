@@ -49,9 +49,9 @@ class Fault:
 FAULTS = (
     Fault(
         "a refused write is told as solved when it is tried again",
-        "longrun/runs.py",
-        "        if not self._refused:\n            self._context",
-        "        if True:\n            self._context",
+        "longrun/loop.py",
+        """free=free)\n        self._context.solved("room")""",
+        """free=free)\n        self._context.disk_is_well()""",
         "drills/test_disk.py::test_what_no_file_can_help_rejects_none",
     ),
     Fault(

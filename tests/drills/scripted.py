@@ -23,7 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from longrun import checkpoint, disk, wire  # noqa: E402
+from longrun import checkpoint, disk, process, wire  # noqa: E402
 from longrun.errors import BadFile, ModelRemoved  # noqa: E402
 from longrun.examine import examine  # noqa: E402
 from longrun.home import FACTS, ROWS, Home  # noqa: E402
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     if sys.platform == "linux":  # a fork has the command line of its parent
         Path("/proc/self/comm").write_text("worker" if args.worker else "preparer")
     if not outlives():
-        disk.die_with_parent()
+        process.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if args.worker:

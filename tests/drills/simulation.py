@@ -72,7 +72,7 @@ class Task:
             if not self.dead:
                 self.result = self._body()
         except Killed:
-            pass
+            pass  # as every life of a process that is killed here ends
         except BaseException as error:  # noqa: BLE001 - told to whoever asks
             self.error = error
         for end in self.sockets:

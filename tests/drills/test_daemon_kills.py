@@ -6,6 +6,8 @@ import json
 import shutil
 import time
 
+from longrun import status
+from longrun.home import Home
 from tests.drills.daemons import Watched
 
 LIVES, KILLS_A_LIFE = 400, 25  # 10,000 kills
@@ -66,6 +68,20 @@ def test_a_drain_that_was_refused_between_claim_and_ledger_goes_on(quick):
         assert lab.drain(faults=[refused]) == 0
         assert "paused: disk" in lab.log
         lab.check()
+    finally:
+        lab.close()
+
+
+def test_a_disk_that_refused_a_file_is_well_when_there_is_nothing_left_to_write(quick):
+    lab = Watched(quick / "home")
+    try:
+        (lab.home / "inbox" / "not-rows.jsonl").write_text("what it was refused is done, and no model is written\n")
+        lab.start(faults=[{"at": "longrun.archive:put_away", "role": "daemon", "do": "ENOSPC", "about": "not-rows"}])
+        lab.wait_until(lambda: "disk: solved" in lab.log)
+        assert "paused: disk" in lab.log
+        lab.wait_until(lambda: (told := status.read(Home(lab.home)))["state"] == "idle" and not told["problems"])
+        assert lab.names("rejected") == {"not-rows.jsonl", "not-rows.jsonl.reason.json"}
+        assert lab.log.count("not-rows.jsonl is rejected") == 1
     finally:
         lab.close()
 

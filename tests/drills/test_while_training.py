@@ -19,8 +19,8 @@ PROGRAM = "backup_manager.py"
 
 
 @pytest.mark.timeout(3600 if FULL else 240)
-def test_every_backup_of_a_model_in_training_is_whole_and_trains_on(campaign, make_lab, tmp_path):
-    lab = make_lab("trained", **SETTINGS)
+def test_every_backup_of_a_model_in_training_is_whole_and_trains_on(campaign, torch_hand, make_lab, tmp_path):
+    lab = make_lab("trained", hand=torch_hand, **SETTINGS)
     dropped: list[str] = []
 
     def keep_busy():
@@ -45,7 +45,7 @@ def test_every_backup_of_a_model_in_training_is_whole_and_trains_on(campaign, ma
 
     def attempt(number, dice):
         backup = made[number]
-        home = Lab(tmp_path / f"home-{number}", **SETTINGS)
+        home = Lab(tmp_path / f"home-{number}", hand=torch_hand, **SETTINGS)
         words = ("restore", backup["id"], "--store", backup["store"])
         outcome = home.command(*words, program=PROGRAM)
         assert outcome.returncode == 0, outcome.stderr

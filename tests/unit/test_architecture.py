@@ -38,14 +38,14 @@ FLOORS = {
         "backups",
         "transfer",
     ],
-    "pulse": ["journal", "notify", "inbox", "worker"],
+    "pulse": ["process", "journal", "notify", "inbox", "worker"],
     "loop": ["context", "fitting", "preparation", "runs", "recovery", "scheduled", "loop"],
     "programs": ["compose", "commands", "demo", "backup_commands"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
 
-# training/ stands on the ground floors beside the daemon; of the pulse it takes only the clock in journal.
-FOR_TRAINING = {*FLOORS["values"], *FLOORS["disk facts"], "journal", "training"} - {
+# training/ stands on the ground floors beside the daemon; of the pulse it takes only process and the clock in journal.
+FOR_TRAINING = {*FLOORS["values"], *FLOORS["disk facts"], "process", "journal", "training"} - {
     "ledger",
     "archive",
     "requests",

@@ -559,39 +559,6 @@ def test_a_lock_to_read_needs_no_right_to_write(
         disk.Lock.take(tmp_path / "lock", what="x")
 
 
-def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    child = (
-        "import os, time; from longrun import disk; disk.die_with_parent();"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    )
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', sys.argv[1]])",
-            child,
-        ],
-        cwd=REPOSITORY,
-    )
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        time.sleep(0.005)
-    parent.kill()
-    parent.wait()
-    pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 5
-    while _lives(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_folder_that_is_made_can_be_reached_after_a_crash(tmp_path: Path, disk_log: list[str]) -> None:
     disk.make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()

@@ -1,0 +1,47 @@
+"""What this process asks of kernel and allocator: to die with its parent, to give memory back."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere the socket's end tells)."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def return_free_memory() -> None:
+    """Collect what is garbage by now, and give back the pages that are free between blocks in use.
+
+    Python looks for cycles among what has lived long only when a quarter as much has come, and glibc keeps what is
+    free below the top of its heap: a process that lives for months would keep a part of every peak.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        import ctypes
+
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
+def return_large_blocks(large_bytes: int = 128 << 10) -> None:
+    """Let large blocks of memory go back to the system when they are freed; glibc calls 128 KiB large at first.
+
+    glibc takes the largest block that was ever freed, up to 32 MiB, for a size that is soon needed again, and keeps
+    twice as much from then on: one bomb or long row among thousands of files would stay for the life of the process,
+    and so would the text of a long lineage.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        m_mmap_threshold = -3  # mallopt(3)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, nor the habit
+        if mallopt is not None:
+            mallopt(m_mmap_threshold, large_bytes)
