@@ -171,10 +171,15 @@ def use_up_inodes(lab, dice):
 
 def shrink(disk, options):
     """To about what is used now; refused where more is used by then."""
+    insist(lambda: mount(disk, options(os.statvfs(disk)), flags=REMOUNT))
+
+
+def insist(remount):
+    """Until it is not refused for what somebody writes at that moment."""
     for _ in range(100):
         with contextlib.suppress(OSError):
-            return mount(disk, options(os.statvfs(disk)), flags=REMOUNT)
-    raise AssertionError("the disk cannot be made small")
+            return remount()
+    raise AssertionError("the disk cannot be mounted otherwise")
 
 
 def make_roomy(lab):
@@ -184,7 +189,7 @@ def make_roomy(lab):
 def make_read_only(lab, dice):
     """What is open for writing stays so: under it no file system becomes read-only."""
     mount(lab.home, source=lab.home, flags=BIND)
-    mount(lab.home, flags=REMOUNT | BIND | READ_ONLY)
+    insist(lambda: mount(lab.home, flags=REMOUNT | BIND | READ_ONLY))
 
 
 def make_writable(lab):
