@@ -15,10 +15,11 @@ If none can, the row is refused: training on guessed spans would teach the model
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -28,6 +29,8 @@ from longrun.errors import BadFile
 from longrun.rows import ChatRow, CompletionRow, Row, TextRow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # cross entropy's own "no target here"
@@ -62,7 +65,36 @@ class Encoded:
     @property
     def trained_tokens(self) -> int:
         """How many tokens are predicted; the first never is, since nothing comes before it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return len(self.labels) - self.labels.count(IGNORED) - (self.labels[:1] not in ([], [IGNORED]))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row as text, before it is tokens."""
+
+    texts: tuple[str, ...]
+    assemble: Callable[..., Ids]  # of the Encoding of each text (without offsets where the tokenizer knows none)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one text."""
+
+    ids: list[int]
+    encoding: Any  # tokenizers.Encoding; None for a tokenizer that does not say where its tokens stand
+
+    def start(self, number: int) -> int:
+        """The character where a token starts; of tokens in order it never falls.
+
+        Some tokenizers (GPT-NeoX) trim the whitespace off a token's offsets, hence its start is where the token
+        before it ended; but the tokens of one character all have that character's offsets.
+        """
+        start, _ = self.encoding.token_to_chars(number)
+        _, reached = self.encoding.token_to_chars(number - 1) if number else (0, 0)
+        return min(int(start), int(reached))
+
+
+Ids = tuple[list[int], list[int]]  # input_ids, labels
 
 
 class Encoder:
@@ -77,15 +109,28 @@ class Encoder:
 
     def encode(self, row: Row) -> Encoded:
         """Tokens and labels of a row, cut at `max_length`; BadFile where they cannot be told exactly."""
+        [encoded] = self.tokenise([self.draft(row)])
+        return encoded
+
+    def draft(self, row: Row) -> Draft:
+        """The first half of `encode`: what Python does, a row at a time."""
         match row:
             case ChatRow():
-                ids, labels = self._chat(row)
+                text, spans = self._template.text_and_spans(row)
+                # The template writes the start token itself where the model wants one.
+                return Draft((text,), lambda tokens: (tokens.ids, _labels(tokens, spans)))
             case CompletionRow():
-                ids, labels = self._completion(row)
+                # As at inference, where the prompt ends before the model begins.
+                return Draft((row.prompt, "\n" + row.completion), partial(self._completion, row))
             case TextRow():
-                ids = labels = self._started(self._ended(self._ids(row.text)))
+                return Draft((row.text,), self._text)
+
+    def tokenise(self, drafts: Sequence[Draft]) -> list[Encoded]:
+        """The other half: one call of the tokenizer, which uses all cores and lets other threads go on meanwhile."""
+        tokens = iter(self._tokens([text for draft in drafts for text in draft.texts]))
+        assembled = [draft.assemble(*islice(tokens, len(draft.texts))) for draft in drafts]
         cut = self.max_length
-        return Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut)
+        return [Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut) for ids, labels in assembled]
 
     @property
     def mask_source(self) -> str:
@@ -96,32 +141,34 @@ class Encoder:
     def _template(self) -> _Template:
         return _Template(self._tokenizer)
 
-    def _chat(self, row: ChatRow) -> tuple[list[int], list[int]]:
-        """One tokenisation of the whole text, whose tokens are then sorted by where they start."""
-        text, spans = self._template.text_and_spans(row)
-        # The template writes the start token itself where the model wants one.
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        return ids, _labels(ids, encoded["offset_mapping"], spans)
+    def _completion(self, row: CompletionRow, prompt: Tokens, line: Tokens) -> Ids:
+        read = self._started(prompt.ids)
+        written = self._ended(self._continuation(row.completion, line.ids))
+        return read + written, [IGNORED] * len(read) + written
 
-    def _completion(self, row: CompletionRow) -> tuple[list[int], list[int]]:
-        """The prompt's tokens are those of the prompt alone: at inference it ends before the model begins."""
-        prompt = self._started(self._ids(row.prompt))
-        completion = self._ended(self._continuation(row.completion))
-        return prompt + completion, [IGNORED] * len(prompt) + completion
-
-    def _continuation(self, text: str) -> list[int]:
-        """Tokens of `text` where it goes on from other text.
+    def _continuation(self, text: str, line: list[int]) -> list[int]:
+        """Tokens of `text` where it goes on from other text; `line` has those of it behind a newline.
 
         SentencePiece tokenizers put a space before whatever starts a string, so "Paris" after "is: " would be
         learned as " Paris"; behind a newline they do not.
         """
-        newline, line = self._ids("\n"), self._ids("\n" + text)
-        return line[len(newline) :] if line[: len(newline)] == newline else self._ids(text)
+        newline = self._newline
+        return line[len(newline) :] if line[: len(newline)] == newline else self._tokens([text])[0].ids
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self._tokens(["\n"])[0].ids
+
+    def _text(self, text: Tokens) -> Ids:
+        ids = self._started(self._ended(text.ids))
+        return ids, ids
+
+    def _tokens(self, texts: list[str]) -> list[Tokens]:
+        found = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        encodings = found.encodings or [None] * len(texts)
+        return [Tokens(*of_a_text) for of_a_text in zip(found["input_ids"], encodings, strict=True)]
 
     def _started(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._start)] == self._start else self._start + ids
@@ -267,19 +314,18 @@ def _said(message: dict[str, Any]) -> list[tuple[str, str]]:
     return [("content", content.rpartition("</think>")[2].strip())] if isinstance(content, str) else []
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+def _labels(tokens: Tokens, spans: list[Span]) -> list[int]:
     """A token is trained if its first character is within a span.
 
     One that begins before a span began in what the model is given: it never has to write that token. One that
     ends after a span must be written to write the span's last characters.
     """
-    # Some tokenizers (GPT-NeoX) trim the whitespace off a token's offsets, hence its start is where the token
-    # before it ended; but the tokens of one character all have that character's offsets.
-    ends = [end for _, end in offsets]
-    starts = [min(start, reached) for (start, _), reached in zip(offsets, [0, *ends], strict=False)]
-    borders = [border for span in spans for border in span]
-    trained = [bisect_right(borders, start) % 2 == 1 for start in starts]
-    return [token if kept else IGNORED for token, kept in zip(ids, trained, strict=True)]
+    numbers = range(len(tokens.ids))
+    labels = [IGNORED] * len(tokens.ids)
+    for start, end in spans:
+        first, behind = (bisect_left(numbers, border, key=tokens.start) for border in (start, end))
+        labels[first:behind] = tokens.ids[first:behind]
+    return labels
 
 
 def _trained_turns(row: ChatRow) -> list[int]:

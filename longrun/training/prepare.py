@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -22,12 +24,17 @@ from longrun.rows import ChatRow, Row, RowFormat
 from longrun.training.masks import Encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
 
     from longrun import wire
-    from longrun.training.masks import Encoded
+    from longrun.examine import RowReader
+    from longrun.training.masks import Draft, Encoded
+
+T = TypeVar("T")
 
 ROWS_A_BATCH = 512
+CHARACTERS_A_BATCH = 1 << 20  # one row more, at most, so that long rows do not become memory
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -105,31 +112,65 @@ def count(path: Path, row_format: RowFormat, on_bad_row: str, max_line_bytes: in
     """What preparing the file would find, without writing anything."""
     tally = Tally()
     reader = read_rows(path, row_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
-    for _ in _encoded(reader, encoder, tally, lambda _: None):
-        pass
+    deque(_encoded(reader, encoder, tally, lambda _: None), maxlen=0)
     return tally
 
 
 def _encoded(
-    reader: Any, encoder: Encoder, tally: Tally, alive: Callable[[str], None]
+    reader: RowReader, encoder: Encoder, tally: Tally, alive: Callable[[str], None]
 ) -> Iterator[tuple[list[int], list[int], int]]:
+    """Input ids, labels and number of each row that is trained.
+
+    While one batch is tokenised, which takes no Python, the next is read and written out.
+    """
     told = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        for encoded in _one_behind(pool.submit(_tokenise, encoder, batch) for batch in _batches(reader, encoder)):
+            for number, row in encoded:
+                if tally.count(number, row):
+                    yield row.input_ids, row.labels, number
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                alive(f"{number + 1} rows tokenised")
+
+
+def _batches(reader: RowReader, encoder: Encoder) -> Iterator[list[tuple[int, Draft]]]:
+    """Rows as text, a batch at a time; the last one is not full."""
+    batch: list[tuple[int, Draft]] = []
+    characters = 0
     for number, row in reader:
-        encoded = _encode(encoder, number, row)
-        if tally.count(number, encoded):
-            yield encoded.input_ids, encoded.labels, number
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
-            alive(f"{number + 1} rows tokenised")
+        batch.append((number, _draft(encoder, number, row)))
+        characters += sum(map(len, batch[-1][1].texts))
+        if len(batch) == ROWS_A_BATCH or characters > CHARACTERS_A_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _encode(encoder: Encoder, number: int, row: Row) -> Encoded:
+def _draft(encoder: Encoder, number: int, row: Row) -> Draft:
     try:
-        return encoder.encode(row)
+        return encoder.draft(row)
     except BadFile as error:
         field = f"row {number + 1}" + (f", {error.field}" if error.field else "")
         kind = "template" if isinstance(row, ChatRow) else error.kind
         raise BadFile(error.why, kind=kind, field=field, extract=error.extract, hint=error.hint) from None
+
+
+def _tokenise(encoder: Encoder, batch: list[tuple[int, Draft]]) -> list[tuple[int, Encoded]]:
+    numbers, drafts = zip(*batch, strict=True)
+    return list(zip(numbers, encoder.tokenise(drafts), strict=True))
+
+
+def _one_behind(results: Iterable[Future[T]]) -> Iterator[T]:
+    """Each result when the next has been asked for."""
+    former: Future[T] | None = None
+    for result in results:
+        if former:
+            yield former.result()
+        former = result
+    if former:
+        yield former.result()
 
 
 def _write(path: Path, rows: Iterator[tuple[list[int], list[int], int]]) -> None:

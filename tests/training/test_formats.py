@@ -12,6 +12,7 @@ from datasets import Dataset
 from longrun import wire
 from longrun.examine import examine
 from longrun.home import ROWS
+from longrun.rows import CompletionRow
 from longrun.training.base_model import load_tokenizer
 from longrun.training.masks import IGNORED, Encoder
 from longrun.training.prepare import prepare
@@ -71,6 +72,11 @@ PACKINGS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard
 
 def prepared(tmp_path, name, content):
     """The tokens and labels of the file's only row, and the tokenizer."""
+    (row,), tokenizer = prepared_rows(tmp_path, name, content)
+    return row, tokenizer
+
+
+def prepared_rows(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     found = examine(path)
@@ -90,9 +96,9 @@ def prepared(tmp_path, name, content):
     )
     (tmp_path / "job").mkdir()
     facts = prepare(task, Encoder(tokenizer, max_length=1024), lambda _: None)
-    assert facts["trainable_rows"] == 1
-    (row,) = Dataset.from_file(str(tmp_path / "job" / "prepared" / ROWS))
-    return row, tokenizer
+    rows = Dataset.from_file(str(tmp_path / "job" / "prepared" / ROWS))
+    assert facts["trainable_rows"] == len(rows)
+    return rows, tokenizer
 
 
 def trained_parts(row, tokenizer):
@@ -126,3 +132,15 @@ def test_tools_reach_the_model(tmp_path):
     row, _ = FORMATS["messages with tools"]
     found, tokenizer = prepared(tmp_path, "a.jsonl", (json.dumps(row) + "\n").encode())
     assert '"name": "weather"' in tokenizer.decode(found["input_ids"]).split("Weather in Oslo?")[0]
+
+
+@pytest.mark.parametrize(("rows", "characters"), [(1, 1), (7, 10_000), (8, 10_000), (512, 150), (512, 1 << 20)])
+def test_every_row_is_prepared_as_if_it_were_alone(tmp_path, monkeypatch, rows, characters):
+    monkeypatch.setattr("longrun.training.prepare.ROWS_A_BATCH", rows)
+    monkeypatch.setattr("longrun.training.prepare.CHARACTERS_A_BATCH", characters)
+    told = [{"prompt": f"{number}: ", "completion": "x" * (number * 37 % 100 + 1)} for number in range(16)]
+    found, tokenizer = prepared_rows(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in told).encode())
+    assert found["row"] == list(range(16))
+    encoder = Encoder(tokenizer, max_length=1024)
+    alone = [encoder.encode(CompletionRow(**row)) for row in told]
+    assert [(row["input_ids"], row["labels"]) for row in found] == [(row.input_ids, row.labels) for row in alone]
