@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from longrun.errors import BadFile
@@ -24,11 +25,11 @@ MAX_COLUMNS_NOTED = 20
 
 # A row is of the first format whose keys it has: chat data often carries a `prompt` or `text` column besides.
 _KEYS = {
-    RowFormat.MESSAGES: ("messages",),
-    RowFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-    RowFormat.SHAREGPT: ("conversations",),
-    RowFormat.ALPACA: ("instruction", "output"),
-    RowFormat.TEXT: ("text",),
+    RowFormat.MESSAGES: {"messages"},
+    RowFormat.PROMPT_COMPLETION: {"prompt", "completion"},
+    RowFormat.SHAREGPT: {"conversations"},
+    RowFormat.ALPACA: {"instruction", "output"},
+    RowFormat.TEXT: {"text"},
 }
 _COLUMNS = {
     RowFormat.MESSAGES: {"messages", "tools"},
@@ -46,6 +47,7 @@ _SHAPES = (
     '{"instruction": "Translate", "input": "Hallo", "output": "Hello"}'
 )
 
+_PLAIN = {"role", "content"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -217,7 +219,7 @@ class RowReader:
 
 def _detect(found: dict[str, Any]) -> RowFormat:
     for row_format, keys in _KEYS.items():
-        if all(key in found for key in keys):
+        if found.keys() >= keys:
             return row_format
     columns = ", ".join(sorted(found)) or "none"
     why = f"no known row format has these columns: {columns}"[: 3 * EXTRACT_CHARACTERS]
@@ -227,9 +229,14 @@ def _detect(found: dict[str, Any]) -> RowFormat:
 def _refuse_media(found: dict[str, Any]) -> None:
     """A row with pictures or sound beside its text: trained without them it would teach to answer unseen."""
     for column, value in found.items():
-        if value and any(column.lower().rstrip("s") == medium for medium in ("image", "video", "audio")):
+        if value and _holds_media(column):
             hint = "Vision and audio rows are not supported: leave them out"
             raise _bad(column, "holds more than text; only text can be trained", value, hint, kind="multimodal")
+
+
+@lru_cache(maxsize=1024)  # the columns of a file are few, and its rows are not
+def _holds_media(column: str) -> bool:
+    return column.lower().rstrip("s") in ("image", "video", "audio")
 
 
 # One reader a format
@@ -289,7 +296,20 @@ _READERS: dict[RowFormat, Callable[[dict[str, Any]], Row]] = {
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:
     messages = _filled_list(value, field)
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+    return [
+        message if _is_plain(message) else _message(message, f"{field}[{index}]")
+        for index, message in enumerate(messages)
+    ]
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether there is nothing to look for in it, as in nearly all messages there are."""
+    return (
+        isinstance(message, dict)
+        and message.keys() == _PLAIN
+        and isinstance(message["content"], str)
+        and message["role"] in _ROLES
+    )
 
 
 def _message(found: Any, field: str) -> dict[str, Any]:
