@@ -28,9 +28,11 @@ fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/run.stamp  ## rows others lose, what the daemon costs, backups (20 GB): bench/RESULTS.md; hours
+bench: .venv/run.stamp  ## rows others lose, what the daemon costs, how soon it begins, backups (20 GB): bench/RESULTS.md; hours
 	$(BIN)/python -m bench.rows_lost
 	$(BIN)/python -m bench.daemon_tax
+	$(BIN)/python -m bench.latency
+	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.backup
 
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.

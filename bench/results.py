@@ -38,6 +38,12 @@ def machine(folder: Path) -> str:
     )
 
 
+def explained(doc: str | None) -> str:
+    """What a benchmark's docstring says after its name and colon."""
+    _, _, text = (doc or "").partition(": ")
+    return text[:1].upper() + text[1:].rstrip()
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

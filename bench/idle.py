@@ -1,0 +1,107 @@
+"""Idle: what the daemon and its children use while nothing is to be done, and how long each command takes to begin.
+
+Used are CPU time and resident memory as Linux counts them. Waiting is a daemon that has not trained yet; warm is one
+that has trained a file and keeps the model in its worker's memory (`worker.idle_release_minutes`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import results
+from bench.running import ROOT, Daemon, Used
+from bench.workload import make_base, numbered
+
+CPU_BOUND, RSS_BOUND_MB = 0.001, 60.0
+QUIET_S = 15.0  # until what a drop or a start had caused is over
+NOTHING = "python -c pass"
+COMMANDS = {
+    "daemon.py": ("--help", "status", "status --json", "logs", "pause", "resume", "check a.jsonl"),
+    "backup_manager.py": ("--help", "list"),
+    "train.py": ("--help",),
+}
+
+
+def used_idle(daemon: Daemon, state: str, minutes: float) -> list[list[str]]:
+    """A row for each process: share of a core over these minutes, and memory at their end."""
+    time.sleep(QUIET_S)
+    pids = {"daemon": daemon.process.pid}
+    pids |= {role: daemon.status[f"{role}_pid"] for role in ("worker", "preparer") if daemon.status[f"{role}_pid"]}
+    before = {role: Used.by(pid) for role, pid in pids.items()}
+    time.sleep(60 * minutes)
+    after = {role: Used.by(pid) for role, pid in pids.items()}
+    share = {role: (after[role].cpu_s - before[role].cpu_s) / (60 * minutes) for role in pids}
+    return [[state, role, f"{100 * share[role]:.3f}", f"{after[role].rss_mb:.0f}"] for role in pids]
+
+
+def how_long(command: list[str], home: Path) -> float:
+    began = time.monotonic()
+    subprocess.run(command, cwd=home, capture_output=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return 1000 * (time.monotonic() - began)
+
+
+def commands_take(home: Path, rounds: int) -> list[list[str]]:
+    """Wall milliseconds of each command, in turn with a Python that does nothing."""
+    lines = {NOTHING: [sys.executable, "-c", "pass"]}
+    for program, ways in COMMANDS.items():
+        for way in ways:
+            lines[f"{program} {way}"] = [sys.executable, str(ROOT / program), *way.split()]
+    found: dict[str, list[float]] = {line: [] for line in lines}
+    for _ in range(rounds):
+        for line, command in lines.items():
+            of_home = [] if line == NOTHING or "--help" in line else ["--home", str(home)]
+            found[line].append(how_long([*command, *of_home], home))
+    return [[line, results.spread(values, ".0f")] for line, values in found.items()]
+
+
+def report(idle: list[list[str]], commands: list[list[str]], minutes: float, folder: Path) -> str:
+    daemons = [(float(share) / 100, float(rss)) for _, role, share, rss in idle if role == "daemon"]
+    share, rss = (max(values) for values in zip(*daemons, strict=True))
+    reached = "reached" if share < CPU_BOUND and rss < RSS_BOUND_MB else "**missed**"
+    return f"""## Idle
+
+{results.machine(folder)}
+
+{results.explained(__doc__)}
+
+Over {minutes:g} minutes each. The daemon: {100 * share:.3f} % of a core of less than {100 * CPU_BOUND:g} %,
+{rss:.0f} MB of less than {RSS_BOUND_MB:g} MB: {reached}.
+
+{results.table(("", "process", "CPU, % of a core", "memory, MB"), idle)}
+
+{results.table(("command", "wall, ms"), commands)}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.idle", description=__doc__)
+    parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-idle-", dir=args.folder) as work:
+        folder = Path(work).resolve()
+        make_base(folder / "base")
+        home = folder / "home"
+        with Daemon(home, "", "--base-model", str(folder / "base")) as daemon:
+            idle = used_idle(daemon, "waiting", args.minutes)
+            daemon.drop("a", numbered("a", 100, random.Random(1)))
+            daemon.wait_told("a.jsonl is trained")
+            idle += used_idle(daemon, "warm", args.minutes)
+            (home / "trained" / "a.jsonl").rename(home / "a.jsonl")
+            how_long([sys.executable, str(ROOT / "backup_manager.py"), "backup", "current_model/"], home)
+            commands = commands_take(home, args.rounds)
+        results.write_section("idle", report(idle, commands, args.minutes, folder), args.results)
+    print(f"written to {args.results}")
+
+
+if __name__ == "__main__":
+    main()

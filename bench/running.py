@@ -1,0 +1,109 @@
+"""A daemon to measure: its home, what is dropped into it, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 1800.0
+LOOK_S = 0.02
+TOLD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \S+ +(.*)$", re.MULTILINE)
+
+
+class Daemon:
+    """`daemon.py run` on a new home, as long as the block lasts."""
+
+    def __init__(self, home: Path, settings: str, *arguments: str) -> None:
+        self.home = home
+        self.log = home / "logs" / "daemon.log"
+        self._arguments = arguments
+        (home / "inbox").mkdir(parents=True)
+        (home / "longrun.toml").write_text(settings)
+
+    def __enter__(self) -> Self:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "daemon.py"), "run", "--home", str(self.home), *self._arguments]
+        with (self.home / "stderr.log").open("a") as log:
+            self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
+        self.wait(lambda: "Longrun watches" in self.told)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(LIMIT_S)
+
+    @property
+    def told(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.home / "state" / "status.json").read_text())
+        return found
+
+    def drop(self, name: str, rows: list[dict[str, Any]]) -> float:
+        """Put a file into the inbox in one step; when, in seconds since the epoch."""
+        return self.drop_text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def drop_text(self, name: str, text: str) -> float:
+        aside = self.home / "inbox" / f".{name}.tmp"
+        aside.write_text(text)
+        aside.rename(self.home / "inbox" / f"{name}.jsonl")
+        return time.time()
+
+    def wait(self, until: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+        deadline = time.monotonic() + limit_s
+        while not (found := until()):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"the daemon ended, or nothing came in {limit_s:.0f} s; it told:\n{self.told}")
+            time.sleep(LOOK_S)
+        return found
+
+    def wait_told(self, text: str) -> float:
+        """Until the log has a line with this text; when it was told, in seconds since the epoch."""
+        return float(self.wait(lambda: self._when_told(text)))
+
+    def _when_told(self, text: str) -> float | None:
+        told = next((when for when, line in TOLD.findall(self.told) if text in line), None)
+        return told and datetime.strptime(told, "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+
+    def events_of(self, name: str) -> dict[str, float]:
+        """When each event of a file was told last, by its kind, in seconds since the epoch."""
+        lines = (self.home / "state" / "events.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        job = next(event["job"] for event in events if event.get("file") == f"{name}.jsonl")
+        return {
+            event["event"]: datetime.fromisoformat(event["time"]).timestamp()
+            for event in events
+            if event.get("job") == job
+        }
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a process has used, as Linux says."""
+
+    cpu_s: float
+    rss_mb: float
+
+    @classmethod
+    def by(cls, pid: int) -> Used:
+        tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")  # to the nanosecond; `stat` counts hundredths
+        cpu_s = sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        rolled = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        rss = re.search(r"^Rss: +(\d+) kB", rolled, re.MULTILINE)
+        assert rss
+        return cls(cpu_s, int(rss[1]) * 1024 / 1e6)
