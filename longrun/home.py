@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from longrun.errors import BadConfig
@@ -17,63 +18,63 @@ ROWS = "rows.arrow"
 class Home:
     root: Path
 
-    @property
+    @cached_property
     def inbox(self) -> Path:
         return self.root / "inbox"
 
-    @property
+    @cached_property
     def model(self) -> Path:
         return self.root / "current_model"
 
-    @property
+    @cached_property
     def trained(self) -> Path:
         return self.root / "trained"
 
-    @property
+    @cached_property
     def rejected(self) -> Path:
         return self.root / "rejected"
 
-    @property
+    @cached_property
     def backups(self) -> Path:
         return self.root / "backups"
 
-    @property
+    @cached_property
     def logs(self) -> Path:
         return self.root / "logs"
 
-    @property
+    @cached_property
     def log(self) -> Path:
         return self.logs / "daemon.log"
 
-    @property
+    @cached_property
     def settings(self) -> Path:
         return self.root / "longrun.toml"
 
-    @property
+    @cached_property
     def state(self) -> Path:
         return self.root / "state"
 
-    @property
+    @cached_property
     def jobs(self) -> Path:
         """One folder a job: claimed/NAME (bytes fixed) and prepared/ (tokens)."""
         return self.state / "jobs"
 
-    @property
+    @cached_property
     def staging(self) -> Path:
         """Where checkpoints are written before they are complete; same file system as the model."""
         return self.state / "staging"
 
-    @property
+    @cached_property
     def set_aside(self) -> Path:
         """Damaged checkpoints and remains of a removed model: never read again, kept for a person."""
         return self.state / "set_aside"
 
-    @property
+    @cached_property
     def requests(self) -> Path:
         """What operators asked for: pause (stays until resume), stop, skip, retry."""
         return self.state / "requests"
 
-    @property
+    @cached_property
     def id_file(self) -> Path:
         """What this home is called in the models it trains, so that job numbers of two homes are kept apart."""
         return self.state / "home_id"
@@ -83,27 +84,27 @@ class Home:
         """Empty before the first daemon ran here."""
         return self.id_file.read_text(encoding="utf-8") if self.id_file.exists() else ""
 
-    @property
+    @cached_property
     def ledger(self) -> Path:
         return self.state / "ledger.sqlite3"
 
-    @property
+    @cached_property
     def status(self) -> Path:
         return self.state / "status.json"
 
-    @property
+    @cached_property
     def events(self) -> Path:
         return self.state / "events.jsonl"
 
-    @property
+    @cached_property
     def daemon_lock(self) -> Path:
         return self.state / "daemon.lock"
 
-    @property
+    @cached_property
     def model_lock(self) -> Path:
         return self.state / "model.lock"
 
-    @property
+    @cached_property
     def training_lock(self) -> Path:
         """Held while the model is read or trained; and by a restore or reset, from its first byte to its last."""
         return self.state / "training.lock"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from longrun.context import Context
 
 TICK_S = 0.5
-IDLE_TICK_S = 1.0  # news rings; only operators' requests have to be looked for
+IDLE_TICK_S = 2.0  # news rings; only operators' requests have to be looked for
 REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
 ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
 LOOKS_AT_A_BAD_MODEL = 3  # when draining
@@ -51,6 +51,7 @@ class Daemon:
         self._recovery = Recovery(context)
         self._scheduled = Scheduled(context)
         self._notifier = context.notifier
+        self._asked: dict[str, dict[str, Any]] = {}  # requests, as they were when the round began
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._scanned = False
@@ -170,6 +171,7 @@ class Daemon:
         try:
             # Between two looks at the model it may go, or a restore may take it: the next tick begins afresh.
             with contextlib.suppress(ModelRemoved, Locked):
+                self._asked = requests.made(self._context.home)
                 self._round(now)
         except (OSError, sqlite3.OperationalError) as error:
             if not _means_full(error):
@@ -232,8 +234,8 @@ class Daemon:
 
     def _obey(self, now: float) -> None:
         """What operators and signals ask for: the run ends at its next step boundary, after a checkpoint."""
-        home, run = self._context.home, self._runs.current
-        paused = requests.pending(home, requests.PAUSE) is not None
+        run = self._runs.current
+        paused = requests.PAUSE in self._asked
         if paused != self._paused:
             self._paused = paused
             self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
@@ -241,20 +243,19 @@ class Daemon:
             self._runs.stop("stop", now)
         elif paused:
             self._runs.stop("pause", now)
-        skip = requests.pending(home, requests.SKIP)
+        skip = self._asked.get(requests.SKIP)
         if skip is not None:
-            requests.clear(home, requests.SKIP)
+            requests.clear(self._context.home, requests.SKIP)
             if run is not None and run.job.number == skip.get("job"):
                 self._runs.stop("skip", now)
 
     @property
     def _leaving(self) -> bool:
-        return self._signals > 0 or requests.pending(self._context.home, requests.STOP) is not None
+        return self._signals > 0 or requests.STOP in self._asked
 
     @property
     def _leaving_now(self) -> bool:
-        asked = requests.pending(self._context.home, requests.STOP) or {}
-        return self._signals > 1 or bool(asked.get("now"))
+        return self._signals > 1 or bool(self._asked.get(requests.STOP, {}).get("now"))
 
     # -- files in
 

@@ -7,6 +7,7 @@ and stays until all of them are in the queue.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from longrun import disk
 if TYPE_CHECKING:
     from longrun.home import Home
 
-PAUSE, STOP, SKIP, RETRY = "pause", "stop", "skip", "retry"
+PAUSE, STOP, SKIP, RETRY = NAMES = ("pause", "stop", "skip", "retry")
 
 
 def make(home: Home, name: str, **facts: Any) -> None:
@@ -35,6 +36,14 @@ def pending(home: Home, name: str) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def made(home: Home) -> dict[str, dict[str, Any]]:
+    """All requests, by name."""
+    with contextlib.suppress(FileNotFoundError):
+        found = {path.name: pending(home, path.name) for path in home.requests.iterdir() if path.name in NAMES}
+        return {name: facts for name, facts in found.items() if facts is not None}
+    return {}
 
 
 def clear(home: Home, name: str) -> bool:
