@@ -33,6 +33,7 @@ bench: .venv/run.stamp  ## rows others lose, what the daemon costs, how soon it 
 	$(BIN)/python -m bench.daemon_tax
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.idle
+	$(BIN)/python -m bench.big_files
 	$(BIN)/python -m bench.backup
 
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.

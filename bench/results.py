@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ def machine(folder: Path) -> str:
             f"- {_file_system(folder)}, Linux {platform.release()}, Python {platform.python_version()}",
         )
     )
+
+
+def packages(*names: str) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def explained(doc: str | None) -> str:

@@ -205,7 +205,7 @@ def report(outcomes: dict[str, list[Outcome]], absent: list[str], rows: dict[str
     return f"""## Rows lost
 
 {results.machine(folder)}
-- {versions()}
+- {results.packages("torch", "transformers", "accelerate", "trl")}
 {"".join(f"- not installed, left out: {name}{chr(10)}" for name in absent)}
 Files of {", ".join(map(str, rows.values()))} rows, one epoch of each, {BATCH} rows a step: {planned} steps and
 {sum(rows.values())} rows are to be trained. A checkpoint every {SAVE_STEPS} steps; SIGKILL in the middle of the third
@@ -229,12 +229,6 @@ def line(name: str, found: list[Outcome], rows: dict[str, int]) -> list[str]:
     remembered = " ".join("–" if steps is None else str(steps) for steps in one.adam_steps.values())
     after = one.failed or one.after_kill
     return [name, f"{never}{held_out}", str(more), f"{one.steps} of {planned}", rates, remembered, after, wall]
-
-
-def versions() -> str:
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "trl"))
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,264 @@
+"""Big files: examining and preparing them, against what reads, parses and tokenises them otherwise.
+
+Each is a process of its own. Reading is Python's loop over the lines; parsing adds json.loads. Tokenising calls the
+same tokenizer with 512 conversations at a time, put together without a template, offsets included. `map` is what
+most trainers do: the datasets library reads the file, and its map renders the chat template with assistant masks and
+tokenises, batched, in a process for each core. Prepare is what Longrun's preparer does once a file is examined: read
+strictly, render, tokenise, mask, and write the tokens. Training begins when that is done: the plan counts the rows in
+which a token is left to train, and its order draws from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import results
+from bench.workload import chats, make_tokenizer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parent.parent
+BATCH = 512
+LEARNING = "learning"
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+LEARNED_MB = 5  # of such text the tokenizer is learned from
+MAX_LENGTH = 4096
+EXAMINE_BOUND_MB_S, PREPARE_BOUND = 200.0, 1.1
+
+
+@dataclass(frozen=True)
+class Spent:
+    wall_s: float
+    cpu_s: float
+    peak_mb: float  # of the largest process
+
+
+# -- the work, each in a process of its own: what comes before the yield is not measured
+
+
+def read(file: Path, folder: Path) -> Iterator[None]:  # noqa: ARG001
+    yield
+    for _ in lines_of(file):
+        pass
+
+
+def parse(file: Path, folder: Path) -> Iterator[None]:  # noqa: ARG001
+    yield
+    for line in lines_of(file):
+        json.loads(line)
+
+
+def examine(file: Path, folder: Path) -> Iterator[None]:  # noqa: ARG001
+    from longrun.examine import examine as examine_file
+
+    yield
+    examine_file(file)
+
+
+def tokenise(file: Path, folder: Path) -> Iterator[None]:
+    tokenizer = load(folder)
+    yield
+    texts = (as_text(json.loads(line)["messages"]) for line in lines_of(file))
+    while batch := list(islice(texts, BATCH)):
+        tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+
+def prepare(file: Path, folder: Path) -> Iterator[None]:
+    from longrun import wire
+    from longrun.rows import RowFormat
+    from longrun.training.masks import Encoder
+    from longrun.training.prepare import prepare as prepare_file
+
+    encoder = Encoder(load(folder), max_length=MAX_LENGTH)
+    task = wire.Prepare(
+        job=1,
+        path=str(file),
+        sha256=file.with_suffix(".sha256").read_text(),
+        format=RowFormat.MESSAGES.value,
+        on_bad_row="reject",
+        max_line_bytes=1 << 24,
+        max_length=MAX_LENGTH,
+        folder=str(folder / "job" / "prepared"),
+        base_model="bench",
+        tokenizer=str(folder),
+        trust_remote_code=False,
+    )
+    (folder / "job").mkdir(exist_ok=True)
+    assert encoder.mask_source  # TRL's templates are loaded for it
+    yield
+    prepare_file(task, encoder, lambda _: None)
+
+
+def map_of_datasets(file: Path, folder: Path) -> Iterator[None]:
+    from datasets import load_dataset
+
+    tokenizer = load(folder)
+
+    def rendered(batch: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = tokenizer.apply_chat_template(
+            batch["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+
+    yield
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        rows = load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
+        rows.map(rendered, batched=True, num_proc=os.cpu_count(), remove_columns=rows.column_names)
+
+
+def learn(file: Path, folder: Path) -> Iterator[None]:  # noqa: ARG001
+    yield
+    make_tokenizer_of(folder, chats(LEARNED_MB))
+
+
+WORK: dict[str, Callable[[Path, Path], Iterator[None]]] = {
+    "reading": read,
+    "parsing": parse,
+    "examine": examine,
+    "tokenising": tokenise,
+    "prepare": prepare,
+    "datasets, map": map_of_datasets,
+}
+
+
+def do(work: Callable[[Path, Path], Iterator[None]], file: Path, folder: Path) -> Spent:
+    steps = work(file, folder)
+    next(steps)
+    began, cpu_before = time.monotonic(), cpu_s()
+    for _ in steps:
+        pass
+    wall_s, used_s = time.monotonic() - began, cpu_s() - cpu_before
+    peak_kb = max(resource.getrusage(who).ru_maxrss for who in WHO)
+    return Spent(wall_s=wall_s, cpu_s=used_s, peak_mb=peak_kb * 1024 / 1e6)
+
+
+def cpu_s() -> float:
+    used = [resource.getrusage(who) for who in WHO]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def lines_of(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as lines:
+        yield from lines
+
+
+def as_text(messages: list[dict[str, str]]) -> str:
+    return "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages)
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# -- measuring
+
+
+def measured(work: str, file: Path, folder: Path) -> Spent:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    command = [sys.executable, "-m", "bench.big_files", "--do", work, str(file), str(folder)]
+    with (folder / "said.log").open("a") as log:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{work} of {file}: exit {done.returncode}\n{(folder / 'said.log').read_text()[-3000:]}")
+    return Spent(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def rounds_of(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Spent]]:
+    file = folder / f"{megabytes}.jsonl"
+    with file.open("w") as lines:
+        lines.writelines(chats(megabytes))
+    digest = subprocess.run(["sha256sum", str(file)], capture_output=True, text=True, check=True).stdout
+    file.with_suffix(".sha256").write_text(digest.split()[0])
+    found = []
+    for number in range(rounds):
+        names = list(WORK)
+        at = number % len(names)
+        found.append({name: measured(name, file, folder) for name in names[at:] + names[:at]})
+        told = ", ".join(f"{name} {spent.wall_s:.1f} s" for name, spent in found[-1].items())
+        print(f"{megabytes} MB, round {number + 1} of {rounds}: {told}", flush=True)
+    file.unlink()
+    return found
+
+
+# -- the report
+
+
+def report(found: dict[int, list[dict[str, Spent]]], folder: Path) -> str:
+    return f"""## Big files
+
+{results.machine(folder)}
+- {results.packages("torch", "transformers", "tokenizers", "datasets")}
+
+{results.explained(__doc__)}
+
+Loading Python and libraries is left out. Memory is the peak of the largest process. Medians (least–greatest).
+
+{chr(10).join(of_size(megabytes, rounds) for megabytes, rounds in found.items())}"""
+
+
+def of_size(megabytes: int, rounds: list[dict[str, Spent]]) -> str:
+    speeds = [megabytes / found["examine"].cpu_s for found in rounds]
+    ratios = [found["prepare"].wall_s / found["tokenising"].wall_s for found in rounds]
+    goals = [
+        ["examine, MB/s of a core", f"at least {EXAMINE_BOUND_MB_S:g}", results.spread(speeds, ".0f")],
+        ["prepare / tokenising, wall time", f"at most {PREPARE_BOUND:g}", results.spread(ratios)],
+    ]
+    reached = [statistics.median(speeds) >= EXAMINE_BOUND_MB_S, statistics.median(ratios) <= PREPARE_BOUND]
+    table = [
+        [
+            name,
+            results.spread([found[name].wall_s for found in rounds], ".1f"),
+            results.spread([megabytes / found[name].wall_s for found in rounds], ".1f"),
+            results.spread([found[name].cpu_s for found in rounds], ".1f"),
+            results.spread([found[name].peak_mb for found in rounds], ".0f"),
+        ]
+        for name in WORK
+    ]
+    marked = [
+        [*goal, "reached" if is_reached else "**missed**"] for goal, is_reached in zip(goals, reached, strict=True)
+    ]
+    return f"""### {megabytes:,} MB, {len(rounds)} rounds
+
+{results.table(("goal", "bound", "found", ""), marked)}
+
+{results.table(("", "wall, s", "MB/s", "CPU, s", "peak memory, MB"), table)}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.big_files", description=__doc__)
+    parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
+    parser.add_argument("--sizes", nargs="+", default=["100x3", "1000x1", "5000x1"], help="MEGABYTESxROUNDS")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--do", nargs=3, metavar=("WORK", "FILE", "FOLDER"), help="one work, as it is measured")
+    args = parser.parse_args(argv)
+    if args.do:
+        work, file, folder = args.do
+        print(json.dumps(vars(do({**WORK, LEARNING: learn}[work], Path(file), Path(folder)))))
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-big-", dir=args.folder) as place:
+        here = Path(place).resolve()
+        measured(LEARNING, here, here)  # not in this process: Linux counts its memory as the children's
+        sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+        found = {megabytes: rounds_of(megabytes, rounds, here) for megabytes, rounds in sizes}
+        results.write_section("big files", report(found, here), args.results)
+    print(f"written to {args.results}")
+
+
+if __name__ == "__main__":
+    main()
