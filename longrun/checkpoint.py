@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from longrun import disk
 from longrun.errors import BadModel, ModelRemoved
-from longrun.lineage import Lineage, name_in
+from longrun.lineage import Lineage, LineageReader, name_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +42,7 @@ GONE = (FileNotFoundError, NotADirectoryError)  # how a model looks that was rem
 RESUME_ONLY = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state", MANIFEST)
 NEVER_KEPT = ("training_args.bin",)
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading JSON of a wrong shape may end in
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -89,6 +90,7 @@ class Verifier:
         self._on_bytes = on_bytes
         self._known: dict[Path, tuple[str, tuple[int, ...]]] = {}  # the SHA-256 of each file, and when it had it
         self._last: Checkpoint | None = None
+        self.lineages = LineageReader()
 
     def verify(self, folder: Path) -> Checkpoint:
         """The checkpoint in `folder`, or Damaged saying what is wrong with it."""
@@ -113,8 +115,13 @@ class Verifier:
         return self._read(folder)
 
     def _read(self, folder: Path) -> Checkpoint:
-        """What the files say; the last ones are not read again, and their records not held twice."""
-        self._last = _checkpoint(folder, self._last)
+        """What the files say; the last ones are not read again."""
+        try:
+            if self._last is None or (self._last.path, self._last.digest) != (folder, _digest(folder)):
+                lineage = self.lineages.read((folder / LINEAGE).read_text(encoding="utf-8"))
+                self._last = _checkpoint(folder, lineage)
+        except _UNREADABLE as error:
+            raise Damaged(f"its lineage cannot be read: {error!r}") from None
         return self._last
 
     def _verify_file(self, path: Path, size: int, sha256: str) -> None:
@@ -157,26 +164,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checkpoint(folder: Path, former: Checkpoint | None = None) -> Checkpoint:
+def _checkpoint(folder: Path, lineage: Lineage) -> Checkpoint:
+    """The checkpoint in `folder`, which has this lineage; Damaged when its other files are of another step."""
     try:
-        digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-        if former is not None and (former.path, former.digest) == (folder, digest):
-            return former
-        text = (folder / LINEAGE).read_text(encoding="utf-8")
-        lineage = Lineage.from_json(text, former=former.lineage if former else None)
         global_step = json.loads((folder / TRAINER_STATE).read_bytes())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"its lineage or trainer state cannot be read: {error!r}") from None
+    except _UNREADABLE as error:
+        raise Damaged(f"its trainer state cannot be read: {error!r}") from None
     if not folder.name == f"checkpoint-{global_step}" == f"checkpoint-{lineage.global_step}":
         raise Damaged(f"it says global step {global_step} in the trainer state, {lineage.global_step} in the lineage")
-    return Checkpoint(folder, lineage, digest)
+    return Checkpoint(folder, lineage, _digest(folder))
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def _lineage_in(folder: Path) -> str | None:
     """Which lineage the folder says it is of; None when it does not say."""
     try:
         return name_in((folder / LINEAGE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         return None
 
 
@@ -327,7 +334,7 @@ class OpenModel:
             publish(self._home, target)
             retire(self._home, keep)
             self.check()
-            return _checkpoint(target)
+            return _checkpoint(target, lineage)
         except (OSError, Damaged):
             self.check()  # what is missing may be the whole model
             raise

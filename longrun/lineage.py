@@ -6,10 +6,10 @@ or copying the model moves the truth along with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from longrun.plan import Plan
@@ -40,9 +40,19 @@ class FileRecord:
     mean_loss: float | None  # over all steps of the job
     eval_loss: float | None  # mean per trained token of the held-out rows
     home: str = ""  # id of the home that `job` is a number of; "" in models older than these ids
+    _line: str = field(default="", init=False, repr=False, compare=False)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        del values["_line"]
+        return json.dumps(values)
+
+    @property
+    def line(self) -> str:
+        """to_json, kept: every checkpoint of a lineage is written with all its records."""
+        if not self._line:
+            object.__setattr__(self, "_line", self.to_json())
+        return self._line
 
     @classmethod
     def from_json(cls, text: str) -> FileRecord:
@@ -139,28 +149,59 @@ class Lineage:
         return replace(self, global_step=progress.global_step, files=(*self.files, record), in_progress=None)
 
     def to_json(self) -> str:
-        values = asdict(self)
-        if self.in_progress is not None:
-            values["in_progress"]["planned_steps"] = self.in_progress.plan.planned_steps
-            values["in_progress"]["target_step"] = self.in_progress.plan.target_step
-        return json.dumps(values, indent=1, ensure_ascii=True) + "\n"
+        """The head on the first line, and each file on one of its own: what grows, grows at its end."""
+        here = self.in_progress
+        told = {"planned_steps": here.plan.planned_steps, "target_step": here.plan.target_step} if here else {}
+        head = {
+            "lineage": self.lineage,
+            "base_model": self.base_model,
+            "global_step": self.global_step,
+            "in_progress": here and asdict(here) | told,
+        }
+        records = ",\n".join(record.line for record in self.files)
+        return f"{json.dumps(head)[:-1]}{_FILES}{records}{_END}"
 
     @classmethod
-    def from_json(cls, text: str, *, former: Lineage | None = None) -> Lineage:
-        """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one.
+    def from_json(cls, text: str) -> Lineage:
+        """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one."""
+        return LineageReader().read(text)
 
-        A lineage only grows: the records that it has in common with its `former` self are taken from there, so that
-        a process that follows it for months holds each of them once.
-        """
-        values: dict[str, Any] = json.loads(text, object_hook=partial(_record, iter(former.files if former else ())))
-        here, files = values["in_progress"], tuple(values["files"])
-        if not all(isinstance(record, FileRecord) for record in files):
+
+_PIECE = 1 << 13  # characters
+_FILES, _END = ', "files": [\n', "\n]}\n"  # with an end of line as they are, neither can be within a string
+
+
+class LineageReader:
+    """Reads a lineage again and again while it grows: the records it had before are neither parsed nor held twice.
+
+    What was read before is known by its hash, not kept: a process that follows a lineage for months holds each record
+    once, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._files: tuple[FileRecord, ...] = ()
+        self._characters = 0  # of their text
+        self._digest = b""
+
+    def read(self, text: str) -> Lineage:
+        """ValueError, KeyError or TypeError when this is no lineage."""
+        # One of another form, as models older than this one have it, is read whole each time.
+        start = text.find(_FILES) + len(_FILES) if _FILES in text and text.endswith(_END) else None
+        end = len(text) - len(_END)
+        known: tuple[FileRecord, ...] = ()
+        news = text
+        if start and self._files and _digest(text, start, start + self._characters) == self._digest:
+            known = self._files
+            news = text[:start] + text[start + self._characters :].removeprefix(",")
+        values: dict[str, Any] = json.loads(news, object_hook=_record)
+        here, found = values["in_progress"], tuple(values["files"])
+        if not all(isinstance(record, FileRecord) for record in found):
             raise TypeError("files holds what is no record of a file")
-        return cls(
+        lineage = Lineage(
             lineage=values["lineage"],
             base_model=values["base_model"],
             global_step=values["global_step"],
-            files=files,
+            files=known + found,
             in_progress=here
             and InProgress(
                 plan=Plan.from_dict(here["plan"]),
@@ -169,18 +210,30 @@ class Lineage:
                 last_loss=here["last_loss"],
             ),
         )
+        self._files = lineage.files if start else ()
+        if start:
+            self._characters, self._digest = end - start, _digest(text, start, end)
+        return lineage
+
+
+def _digest(text: str, start: int, end: int) -> bytes:
+    """SHA-256 of a part of the text, of which no copy is made."""
+    digest = hashlib.sha256()
+    for at in range(start, end, _PIECE):
+        digest.update(text[at : min(at + _PIECE, end)].encode())
+    return digest.digest()
 
 
 def name_in(text: str) -> str:
     """Which lineage was written by to_json, without its records; ValueError, KeyError or TypeError when it is none."""
-    found: str = json.loads(text, object_hook=lambda values: None if "outcome" in values else values)["lineage"]
+    head, mark, _ = text.partition(_FILES)
+    found: str = json.loads(f"{head}}}" if mark else text)["lineage"]
     return found
 
 
-def _record(former: Iterator[FileRecord], values: dict[str, Any]) -> FileRecord | dict[str, Any]:
+def _record(values: dict[str, Any]) -> FileRecord | dict[str, Any]:
     """What the parser has just read, as a record where it is one: all of them as dicts would take twice the memory."""
     if "outcome" not in values:
         return values
     shared: dict[str, Any] = {name: sys.intern(values[name]) for name in ("outcome", "home") if name in values}
-    record, known = FileRecord(**values | shared), next(former, None)
-    return known if known == record else record
+    return FileRecord(**values | shared)

@@ -15,7 +15,7 @@ from longrun.checkpoint import GONE, LINEAGE
 from longrun.errors import BadModel
 from longrun.job import Job, JobState
 from longrun.ledger import Ledger
-from longrun.lineage import FileRecord, Lineage
+from longrun.lineage import FileRecord, Lineage, LineageReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,13 +44,10 @@ def missing_of(jobs: Iterable[Job], lineage: Lineage | None, home: str) -> list[
     return missing[::-1]
 
 
-def published_lineage(home: Home, *, former: Lineage | None = None) -> Lineage | None:
-    """What the published model says it has seen; None when there is no model, BadModel when it does not say.
-
-    `former` is what it said before, where that is known.
-    """
+def published_lineage(home: Home, lineages: LineageReader | None = None) -> Lineage | None:
+    """What the published model says it has seen; None when there is no model, BadModel when it does not say."""
     try:
-        return Lineage.from_json((home.model / LINEAGE).read_text(encoding="utf-8"), former=former)
+        return (lineages or LineageReader()).read((home.model / LINEAGE).read_text(encoding="utf-8"))
     except GONE:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

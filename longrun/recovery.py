@@ -66,7 +66,7 @@ class Recovery:
     def _tell_another(self) -> None:
         """A model that was restored or copied in is told when it is seen, not when the next file goes on from it."""
         with contextlib.suppress(BadModel):  # half copied, or damaged
-            lineage, seen = published_lineage(self._context.home), self._context.seen
+            lineage, seen = published_lineage(self._context.home, self._context.verifier.lineages), self._context.seen
             known = seen and (seen.lineage.lineage, seen.global_step)
             if lineage is not None and (lineage.lineage, lineage.global_step) != known:
                 self._context.say(
@@ -78,7 +78,7 @@ class Recovery:
 
     def _find(self) -> list[Job]:
         context = self._context
-        lineage = published_lineage(context.home, former=context.seen.lineage if context.seen else None)
+        lineage = published_lineage(context.home, context.verifier.lineages)
         return missing_of(context.ledger.each_trained(), lineage, context.home_id)
 
     def _tell(self, lost: list[Job]) -> None:

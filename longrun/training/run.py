@@ -107,6 +107,7 @@ class Runner:
         self._channel = channel
         self._trainer: PlannedTrainer | None = None
         self._base = ""
+        self._verifier = checkpoint.Verifier()
         self.device = base_model.find_device(options.dtype)
         self._args = _arguments(home, options, self.device)
         self.world = World()
@@ -117,7 +118,7 @@ class Runner:
     def run(self, task: wire.Train) -> wire.Ended:
         """Train the task's plan to its end, or until asked to stop. Raises Diverged, ModelRemoved, BadConfig."""
         started = time.monotonic()
-        newest = checkpoint.Verifier().trust(Path(task.checkpoint)) if task.checkpoint else None
+        newest = self._verifier.trust(Path(task.checkpoint)) if task.checkpoint else None
         digest = newest.digest if newest else ""
         warm = self._trainer is not None
         trainer = self._trainer or self._load(task, newest)
