@@ -38,7 +38,7 @@ class Daemon:
         command = [sys.executable, str(ROOT / "daemon.py"), "run", "--home", str(self.home), *self._arguments]
         with (self.home / "stderr.log").open("a") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
-        self.wait(lambda: "Longrun watches" in self.told)
+        self.wait(lambda: "Longrun watches" in self.told and (self.home / "state" / "status.json").exists())
         return self
 
     def __exit__(self, *exception: object) -> None:

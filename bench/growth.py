@@ -1,0 +1,180 @@
+"""Growth: a thousand small files in one lineage, and whether the last ones cost what the first did.
+
+Some files always wait, so that the time from one file's end to the next one's is what a file takes. Memory is what
+Linux counts as resident; what a command takes is `daemon.py status`, Python's start included. Then 10,000 files are
+moved into the inbox at once, and the time is taken until the last is in the queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from bench import results
+from bench.running import ROOT, Daemon, Used
+from bench.workload import make_base, numbered
+
+FILES, ROWS, AHEAD = 1_000, 24, 5
+EVERY = 10  # files between two looks
+FROM, WINDOW, BOUND = 10, 100, 1.05
+WAITING, WAITING_BOUND_S = 10_000, 30.0
+SETTINGS = "[inbox]\nsettle_s = 0.1\n[train]\nbatch_size = 8\n"
+PLOT = results.RESULTS.with_name("growth.svg")
+CURVES = (
+    "a file, ms",
+    "a checkpoint, MB",
+    "lineage.json, kB",
+    "ledger, kB",
+    "status, ms",
+    "daemon, MB",
+    "worker, MB",
+    "preparer, MB",
+)
+
+
+def looked_at(daemon: Daemon) -> dict[str, float]:
+    home = daemon.home
+    checkpoints = [path for path in (home / "current_model").glob("checkpoint-*") if path.is_dir()]
+    newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    command = [sys.executable, str(ROOT / "daemon.py"), "status", "--home", str(home)]
+    began = time.monotonic()
+    subprocess.run(command, capture_output=True, check=True)
+    status_ms = 1000 * (time.monotonic() - began)
+    told = daemon.status
+    pids = {"daemon": daemon.process.pid, "worker": told["worker_pid"], "preparer": told["preparer_pid"]}
+    try:
+        checkpoint_mb = sum(file.stat().st_size for file in newest.iterdir()) / 1e6
+        lineage_kb = (newest / "lineage.json").stat().st_size / 1e3
+    except FileNotFoundError:  # a newer one is there already
+        return looked_at(daemon)
+    ledger_kb = sum(file.stat().st_size for file in (home / "state").glob("ledger.sqlite3*")) / 1e3
+    memory = {f"{role}, MB": Used.by(pid).rss_mb for role, pid in pids.items()}
+    return {
+        "a checkpoint, MB": checkpoint_mb,
+        "lineage.json, kB": lineage_kb,
+        "ledger, kB": ledger_kb,
+        "status, ms": status_ms,
+        **memory,
+    }
+
+
+def train_all(daemon: Daemon, files: int, dice: random.Random) -> list[dict[str, float]]:
+    """What was found after every so many files, their time included."""
+    looks: list[dict[str, float]] = []
+    dropped = 0
+    while len(looks) < files // EVERY:
+        trained = daemon.status["trained"]
+        while dropped < min(files, trained + AHEAD * 2):
+            daemon.drop(f"f{dropped:05d}", numbered(f"f{dropped:05d}", ROWS, dice))
+            dropped += 1
+        if trained >= EVERY * (len(looks) + 1):
+            looks.append(looked_at(daemon) | {"files": trained})
+        time.sleep(0.05)
+    ends = ends_of_files(daemon.home)
+    for number, look in enumerate(looks):
+        here = ends[EVERY * number : EVERY * (number + 1) + 1]
+        look["a file, ms"] = 1000 * statistics.median(after - before for before, after in itertools.pairwise(here))
+    return looks
+
+
+def ends_of_files(home: Path) -> list[float]:
+    lines = (home / "state" / "events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["event"] == "trained"]
+    return [datetime.fromisoformat(event["time"]).timestamp() for event in events]
+
+
+def wait_in_queue(daemon: Daemon, count: int) -> float:
+    """Seconds until as many files, moved into the inbox at once, are in the queue; training is paused meanwhile."""
+    aside = daemon.home / "aside"
+    aside.mkdir()
+    line = json.dumps(numbered("w", 1, random.Random(2))[0]) + "\n"
+    for number in range(count):
+        (aside / f"w{number:05d}.jsonl").write_text(line)
+    subprocess.run([sys.executable, str(ROOT / "daemon.py"), "pause", "--home", str(daemon.home)], check=True)
+    daemon.wait(lambda: daemon.status["state"] == "paused")
+    began = time.monotonic()
+    for file in aside.iterdir():
+        file.rename(daemon.home / "inbox" / file.name)
+    daemon.wait(lambda: daemon.status["queued"] >= count)
+    return time.monotonic() - began
+
+
+def plot(looks: list[dict[str, float]], file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "growth"
+    figure, places = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for curve, place in zip(CURVES, places.flat, strict=True):
+        place.plot([look["files"] for look in looks], [look[curve] for look in looks])
+        place.set(title=curve, xlabel="files", ylim=(0, 1.2 * max(look[curve] for look in looks)))
+    figure.savefig(file, metadata={"Date": None})
+
+
+def report(looks: list[dict[str, float]], waited_s: float, folder: Path) -> str:
+    first = [look for look in looks if FROM < look["files"] <= FROM + WINDOW]
+    last = [look for look in looks if look["files"] > looks[-1]["files"] - WINDOW]
+    ends = {curve: [statistics.median(look[curve] for look in part) for part in (first, last)] for curve in CURVES}
+    ratio = ends[CURVES[0]][1] / ends[CURVES[0]][0]
+    table = [
+        [curve, f"{before:.1f}", f"{after:.1f}", f"{after / before:.2f}"] for curve, (before, after) in ends.items()
+    ]
+    goals = [
+        ["a file: last / first", f"at most {BOUND}", f"{ratio:.2f}", "reached" if ratio <= BOUND else "**missed**"],
+        [
+            f"{WAITING:,} files at once, s until all are in the queue",
+            f"at most {WAITING_BOUND_S:g}",
+            f"{waited_s:.1f}",
+            "reached" if waited_s <= WAITING_BOUND_S else "**missed**",
+        ],
+    ]
+    return f"""## Growth
+
+{results.machine(folder)}
+
+{results.explained(__doc__)}
+
+{len(looks) * EVERY:,} files of {ROWS} rows, the tiny model. First are files {FROM} to {FROM + WINDOW}, last are
+the last {WINDOW}; given are medians.
+
+{results.table(("goal", "bound", "found", ""), goals)}
+
+{results.table(("", "first", "last", "last / first"), table)}
+
+![The same as curves]({PLOT.name})
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.growth", description=__doc__)
+    parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
+    parser.add_argument("--files", type=int, default=FILES)
+    parser.add_argument("--waiting", type=int, default=WAITING)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-growth-", dir=args.folder) as work:
+        folder = Path(work).resolve()
+        make_base(folder / "base")
+        with Daemon(folder / "home", SETTINGS, "--base-model", str(folder / "base")) as daemon:
+            looks = train_all(daemon, args.files, random.Random(1))
+            print(f"{args.files} files are trained", flush=True)
+            waited_s = wait_in_queue(daemon, args.waiting)
+            print(f"{args.waiting} files were in the queue after {waited_s:.1f} s", flush=True)
+        plot(looks, args.results.with_name(PLOT.name))
+        results.write_section("growth", report(looks, waited_s, folder), args.results)
+    print(f"written to {args.results}")
+
+
+if __name__ == "__main__":
+    main()
