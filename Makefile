@@ -28,12 +28,13 @@ fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/run.stamp  ## rows others lose, what the daemon costs, how soon it begins, backups (20 GB): bench/RESULTS.md; hours
+bench: .venv/bench.stamp  ## rows others lose, what the daemon costs, how soon it begins, backups (20 GB): bench/RESULTS.md; hours
 	$(BIN)/python -m bench.rows_lost
 	$(BIN)/python -m bench.daemon_tax
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.big_files
+	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.backup
 
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.
@@ -45,6 +46,10 @@ bench: .venv/run.stamp  ## rows others lose, what the daemon costs, how soon it 
 
 .venv/dev.stamp: .venv/run.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/bench.stamp: .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 .venv/drills.stamp: .venv/dev.stamp
