@@ -31,6 +31,7 @@ HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a 
 def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
     """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
     process.return_large_blocks(32 << 10)  # nothing here is quick because of them
+    process.meet_many_names()
     settings = config.load(home.settings, flags=flags)
     home.check()
     home.make()

@@ -1,4 +1,4 @@
-"""What this process asks of kernel and allocator: to die with its parent, to give memory back."""
+"""What this process asks of kernel, allocator and interpreter: to die with its parent, to give memory back."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def return_large_blocks(large_bytes: int = 128 << 10) -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, nor the habit
         if mallopt is not None:
             mallopt(m_mmap_threshold, large_bytes)
+
+
+def meet_many_names() -> None:
+    """Let Python's table of names have from the start the size that it would reach after hours.
+
+    Every part of a path is a name while it is used, and what was forgotten leaves a gap. When some 20,000 were met,
+    CPython makes the table anew and twice as large: half a megabyte, once, that would look like a leak.
+    """
+    for number in range(22_000):
+        sys.intern(f"name {number}")

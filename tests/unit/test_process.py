@@ -41,3 +41,23 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_process_that_meets_new_names_for_hours_does_not_grow_by_them() -> None:
+    program = """
+import re, sys
+from longrun import compose, loop, process
+
+def rss_kb():
+    with open("/proc/self/smaps_rollup") as rolled:
+        return int(re.search(r"Rss: +(\\d+)", rolled.read())[1])
+
+process.return_large_blocks(32 << 10)
+process.meet_many_names()
+before = rss_kb()
+for number in range(100_000):
+    sys.intern(f"part of a path {number}")
+print(rss_kb() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert int(grown.stdout) < 200  # kB; one table more is 500
