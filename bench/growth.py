@@ -1,8 +1,8 @@
 """Growth: a thousand small files in one lineage, and whether the last ones cost what the first did.
 
 Some files always wait, so that the time from one file's end to the next one's is what a file takes. Memory is what
-Linux counts as resident; what a command takes is `daemon.py status`, Python's start included. Then 10,000 files are
-moved into the inbox at once, and the time is taken until the last is in the queue.
+Linux counts as resident; what a command takes is `daemon.py status`, Python's start included. Then very
+many files are moved into the inbox at once, and the time is taken until the last is in the queue.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ CURVES = (
     "daemon, MB",
     "worker, MB",
     "preparer, MB",
+    "daemon's CPU a file, ms",
+    "worker's CPU a file, ms",
 )
 
 
@@ -57,13 +59,16 @@ def looked_at(daemon: Daemon) -> dict[str, float]:
     except FileNotFoundError:  # a newer one is there already
         return looked_at(daemon)
     ledger_kb = sum(file.stat().st_size for file in (home / "state").glob("ledger.sqlite3*")) / 1e3
-    memory = {f"{role}, MB": Used.by(pid).rss_mb for role, pid in pids.items()}
+    used = {role: Used.by(pid) for role, pid in pids.items()}
+    memory = {f"{role}, MB": use.rss_mb for role, use in used.items()}
+    cpu = {f"{role}, CPU s": use.cpu_s for role, use in used.items()}
     return {
         "a checkpoint, MB": checkpoint_mb,
         "lineage.json, kB": lineage_kb,
         "ledger, kB": ledger_kb,
         "status, ms": status_ms,
         **memory,
+        **cpu,
     }
 
 
@@ -79,11 +84,15 @@ def train_all(daemon: Daemon, files: int, dice: random.Random) -> list[dict[str,
         if trained >= EVERY * (len(looks) + 1):
             looks.append(looked_at(daemon) | {"files": trained})
         time.sleep(0.05)
+    for former, look in itertools.pairwise(looks):
+        for role in ("daemon", "worker"):
+            spent_s = look[f"{role}, CPU s"] - former[f"{role}, CPU s"]
+            look[f"{role}'s CPU a file, ms"] = 1000 * spent_s / (look["files"] - former["files"])
     ends = ends_of_files(daemon.home)
     for number, look in enumerate(looks):
         here = ends[EVERY * number : EVERY * (number + 1) + 1]
         look["a file, ms"] = 1000 * statistics.median(after - before for before, after in itertools.pairwise(here))
-    return looks
+    return looks[1:]  # nothing was measured before the first
 
 
 def ends_of_files(home: Path) -> list[float]:
@@ -115,14 +124,14 @@ def plot(looks: list[dict[str, float]], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     mpl.rcParams["svg.hashsalt"] = "growth"
-    figure, places = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    figure, places = plt.subplots(2, 5, figsize=(17, 6), layout="constrained")
     for curve, place in zip(CURVES, places.flat, strict=True):
         place.plot([look["files"] for look in looks], [look[curve] for look in looks])
         place.set(title=curve, xlabel="files", ylim=(0, 1.2 * max(look[curve] for look in looks)))
     figure.savefig(file, metadata={"Date": None})
 
 
-def report(looks: list[dict[str, float]], waited_s: float, folder: Path) -> str:
+def report(looks: list[dict[str, float]], waiting: int, waited_s: float, folder: Path) -> str:
     first = [look for look in looks if FROM < look["files"] <= FROM + WINDOW]
     last = [look for look in looks if look["files"] > looks[-1]["files"] - WINDOW]
     ends = {curve: [statistics.median(look[curve] for look in part) for part in (first, last)] for curve in CURVES}
@@ -133,7 +142,7 @@ def report(looks: list[dict[str, float]], waited_s: float, folder: Path) -> str:
     goals = [
         ["a file: last / first", f"at most {BOUND}", f"{ratio:.2f}", "reached" if ratio <= BOUND else "**missed**"],
         [
-            f"{WAITING:,} files at once, s until all are in the queue",
+            f"{waiting:,} files at once, s until all are in the queue",
             f"at most {WAITING_BOUND_S:g}",
             f"{waited_s:.1f}",
             "reached" if waited_s <= WAITING_BOUND_S else "**missed**",
@@ -145,7 +154,7 @@ def report(looks: list[dict[str, float]], waited_s: float, folder: Path) -> str:
 
 {results.explained(__doc__)}
 
-{len(looks) * EVERY:,} files of {ROWS} rows, the tiny model. First are files {FROM} to {FROM + WINDOW}, last are
+{looks[-1]["files"]:,} files of {ROWS} rows, the tiny model. First are files {FROM} to {FROM + WINDOW}, last are
 the last {WINDOW}; given are medians.
 
 {results.table(("goal", "bound", "found", ""), goals)}
@@ -172,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             waited_s = wait_in_queue(daemon, args.waiting)
             print(f"{args.waiting} files were in the queue after {waited_s:.1f} s", flush=True)
         plot(looks, args.results.with_name(PLOT.name))
-        results.write_section("growth", report(looks, waited_s, folder), args.results)
+        results.write_section("growth", report(looks, args.waiting, waited_s, folder), args.results)
     print(f"written to {args.results}")
 
 

@@ -118,7 +118,7 @@ class Verifier:
         """What the files say; the last ones are not read again."""
         try:
             if self._last is None or (self._last.path, self._last.digest) != (folder, _digest(folder)):
-                lineage = self.lineages.read((folder / LINEAGE).read_text(encoding="utf-8"))
+                lineage = self.lineages.read((folder / LINEAGE).read_bytes())
                 self._last = _checkpoint(folder, lineage)
         except _UNREADABLE as error:
             raise Damaged(f"its lineage cannot be read: {error!r}") from None
@@ -182,7 +182,8 @@ def _digest(folder: Path) -> str:
 def _lineage_in(folder: Path) -> str | None:
     """Which lineage the folder says it is of; None when it does not say."""
     try:
-        return name_in((folder / LINEAGE).read_text(encoding="utf-8"))
+        with (folder / LINEAGE).open("rb") as file:
+            return name_in(file)
     except _UNREADABLE:
         return None
 

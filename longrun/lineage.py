@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from longrun.plan import Plan
 
@@ -159,16 +159,16 @@ class Lineage:
             "in_progress": here and asdict(here) | told,
         }
         records = ",\n".join(record.line for record in self.files)
-        return f"{json.dumps(head)[:-1]}{_FILES}{records}{_END}"
+        return f"{json.dumps(head)[:-1]}{_FILES.decode()}{records}{_END.decode()}"
 
     @classmethod
     def from_json(cls, text: str) -> Lineage:
         """The lineage written by to_json; ValueError, KeyError or TypeError when it is not one."""
-        return LineageReader().read(text)
+        return LineageReader().read(text.encode())
 
 
-_PIECE = 1 << 13  # characters
-_FILES, _END = ', "files": [\n', "\n]}\n"  # with an end of line as they are, neither can be within a string
+# With an end of line as they are, neither can be within a string.
+_FILES, _END = b', "files": [\n', b"\n]}\n"
 
 
 class LineageReader:
@@ -180,19 +180,21 @@ class LineageReader:
 
     def __init__(self) -> None:
         self._files: tuple[FileRecord, ...] = ()
-        self._characters = 0  # of their text
+        self._size = 0  # bytes of their text
         self._digest = b""
 
-    def read(self, text: str) -> Lineage:
+    def read(self, content: bytes) -> Lineage:
         """ValueError, KeyError or TypeError when this is no lineage."""
         # One of another form, as models older than this one have it, is read whole each time.
-        start = text.find(_FILES) + len(_FILES) if _FILES in text and text.endswith(_END) else None
-        end = len(text) - len(_END)
+        start = content.find(_FILES) + len(_FILES) if _FILES in content and content.endswith(_END) else None
         known: tuple[FileRecord, ...] = ()
-        news = text
-        if start and self._files and _digest(text, start, start + self._characters) == self._digest:
-            known = self._files
-            news = text[:start] + text[start + self._characters :].removeprefix(",")
+        news = content
+        digest = hashlib.sha256()
+        if start and self._files:
+            digest.update(memoryview(content)[start : start + self._size])
+            if digest.digest() == self._digest:
+                known = self._files
+                news = content[:start] + content[start + self._size :].removeprefix(b",")
         values: dict[str, Any] = json.loads(news, object_hook=_record)
         here, found = values["in_progress"], tuple(values["files"])
         if not all(isinstance(record, FileRecord) for record in found):
@@ -212,22 +214,20 @@ class LineageReader:
         )
         self._files = lineage.files if start else ()
         if start:
-            self._characters, self._digest = end - start, _digest(text, start, end)
+            digest = digest if known else hashlib.sha256()
+            digest.update(memoryview(content)[start + (self._size if known else 0) : -len(_END)])
+            self._size, self._digest = len(content) - start - len(_END), digest.digest()
         return lineage
 
 
-def _digest(text: str, start: int, end: int) -> bytes:
-    """SHA-256 of a part of the text, of which no copy is made."""
-    digest = hashlib.sha256()
-    for at in range(start, end, _PIECE):
-        digest.update(text[at : min(at + _PIECE, end)].encode())
-    return digest.digest()
+def name_in(file: IO[bytes]) -> str:
+    """Which lineage was written by to_json; of a long one, the records are not read.
 
-
-def name_in(text: str) -> str:
-    """Which lineage was written by to_json, without its records; ValueError, KeyError or TypeError when it is none."""
-    head, mark, _ = text.partition(_FILES)
-    found: str = json.loads(f"{head}}}" if mark else text)["lineage"]
+    ValueError, KeyError or TypeError when it is none.
+    """
+    head = file.readline()
+    content = head.removesuffix(_FILES) + b"}" if head.endswith(_FILES) else head + file.read()
+    found: str = json.loads(content)["lineage"]
     return found
 
 

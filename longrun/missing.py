@@ -47,7 +47,7 @@ def missing_of(jobs: Iterable[Job], lineage: Lineage | None, home: str) -> list[
 def published_lineage(home: Home, lineages: LineageReader | None = None) -> Lineage | None:
     """What the published model says it has seen; None when there is no model, BadModel when it does not say."""
     try:
-        return (lineages or LineageReader()).read((home.model / LINEAGE).read_text(encoding="utf-8"))
+        return (lineages or LineageReader()).read((home.model / LINEAGE).read_bytes())
     except GONE:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

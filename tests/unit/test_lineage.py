@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import tracemalloc
 from dataclasses import fields, replace
@@ -31,10 +32,10 @@ def test_a_lineage_survives_json_exactly(lineage: Lineage) -> None:
     text = lineage.to_json()
     assert text.isascii()
     assert Lineage.from_json(text) == lineage
-    assert name_in(text) == lineage.lineage
+    assert name_in(io.BytesIO(text.encode())) == lineage.lineage
     whole = json.dumps(json.loads(text), indent=1)  # as a person, or an older Longrun, may have written it
     assert Lineage.from_json(whole) == lineage
-    assert name_in(whole) == lineage.lineage
+    assert name_in(io.BytesIO(whole.encode())) == lineage.lineage
 
 
 def test_json_tells_readers_how_far_the_job_is() -> None:
@@ -149,38 +150,40 @@ def test_a_reader_reads_each_lineage_as_if_it_were_the_first(read: list[Lineage]
     for lineage in read:
         for files in range(len(lineage.files) + 1):  # as it grows
             grown = replace(lineage, files=lineage.files[:files])
-            assert reader.read(grown.to_json()) == grown
-            assert reader.read(json.dumps(json.loads(grown.to_json()), indent=1)) == grown
+            assert reader.read(grown.to_json().encode()) == grown
+            assert reader.read(json.dumps(json.loads(grown.to_json()), indent=1).encode()) == grown
 
 
 def test_a_lineage_that_has_grown_shares_the_records_of_its_former_self(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, former = LineageReader(), trained_by(HERE)
-    (known,) = reader.read(former.to_json()).files
+    (known,) = reader.read(former.to_json().encode()).files
     grown = replace(former, files=(*former.files, replace(former.files[0], job=2)))
-    parsed: list[str] = []
-    monkeypatch.setattr(json, "loads", lambda text, loads=json.loads, **how: parsed.append(text) or loads(text, **how))
-    found = reader.read(grown.to_json())
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda content, **how: parsed.append(content) or loads(content, **how))
+    found = reader.read(grown.to_json().encode())
     assert found == grown
     assert found.files[0] is known
-    assert [text.count("sha256") for text in parsed] == [1]
+    assert [content.count(b"sha256") for content in parsed] == [1]
 
 
 def test_a_lineage_that_took_another_way_shares_nothing_that_differs() -> None:
     reader, former = LineageReader(), trained_by(HERE)
-    reader.read(former.to_json())
+    reader.read(former.to_json().encode())
     other = replace(former, files=(replace(former.files[0], final_loss=9.0),))
-    assert reader.read(other.to_json()) == other
+    assert reader.read(other.to_json().encode()) == other
 
 
-def test_reading_a_lineage_takes_no_more_memory_than_holding_it() -> None:
+def test_reading_a_lineage_takes_no_more_memory_than_holding_it_beside_its_text() -> None:
     (record,) = trained_by(HERE).files
     text = replace(trained_by(HERE), files=tuple(replace(record, job=job) for job in range(500))).to_json()
+    content = text.encode()
     tracemalloc.start()
-    held = Lineage.from_json(text)
+    held = LineageReader().read(content)
     kept_bytes, most_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(held.files) == 500
-    assert most_bytes < 1.2 * kept_bytes
+    assert most_bytes < 1.2 * (kept_bytes + len(content))
 
 
 @given(records)
