@@ -11,21 +11,26 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from bench import results
 from bench.running import ROOT, Daemon, Used
 from bench.workload import make_base, numbered
+from longrun import checkpoint
+from longrun.home import Home
 
 FILES, ROWS, AHEAD = 1_000, 24, 5
 EVERY = 10  # files between two looks
 FROM, WINDOW, BOUND = 10, 100, 1.05
+LOGGED, LOOKS = 1_000_000, 8
 WAITING, WAITING_BOUND_S = 10_000, 30.0
 SETTINGS = "[inbox]\nsettle_s = 0.1\n[train]\nbatch_size = 8\n"
 PLOT = results.RESULTS.with_name("growth.svg")
@@ -117,6 +122,40 @@ def wait_in_queue(daemon: Daemon, count: int) -> float:
     return time.monotonic() - began
 
 
+def seconds_a_file(daemon: Daemon, name: str) -> float:
+    """Median time from drop to the end of training, in a warm daemon."""
+    found = []
+    for number in range(LOOKS):
+        dropped = daemon.drop(f"{name}{number}", numbered(f"{name}{number}", ROWS, random.Random(number)))
+        found.append(daemon.wait_told(f"{name}{number}.jsonl is trained") - dropped)
+        daemon.wait(lambda: daemon.status["state"] == "idle")
+    return statistics.median(found[1:])
+
+
+def early_and_late(folder: Path, base: Path) -> tuple[float, float]:
+    """Seconds that a file takes at the first steps of a model, and after as many logged steps as LOGGED."""
+    with Daemon(folder, SETTINGS, "--base-model", str(base)) as daemon:
+        early_s = seconds_a_file(daemon, "early")
+    move_on(Home(folder), LOGGED)
+    with Daemon(folder, SETTINGS, "--base-model", str(base)) as daemon:
+        return early_s, seconds_a_file(daemon, "late")
+
+
+def move_on(home: Home, step: int) -> None:
+    """Give the model this global step, and the home a log that tells of all steps up to it."""
+    with (home.logs / "metrics.jsonl").open("a") as log:
+        log.writelines(f'{{"global_step": {number}, "loss": 1.0, "learning_rate": 2e-05}}\n' for number in range(step))
+    newest = checkpoint.newest(home, checkpoint.Verifier(), print)
+    assert newest is not None
+    staged = home.staging / f"checkpoint-{step}"
+    shutil.copytree(newest.path, staged)
+    (staged / checkpoint.MANIFEST).unlink()
+    state = json.loads((staged / checkpoint.TRAINER_STATE).read_bytes())
+    (staged / checkpoint.TRAINER_STATE).write_text(json.dumps(state | {"global_step": step}))
+    with checkpoint.OpenModel(home, newest) as model:
+        model.commit(staged, replace(newest.lineage, global_step=step), keep=2)
+
+
 def plot(looks: list[dict[str, float]], file: Path) -> None:
     import matplotlib as mpl
 
@@ -131,7 +170,9 @@ def plot(looks: list[dict[str, float]], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def report(looks: list[dict[str, float]], waiting: int, waited_s: float, folder: Path) -> str:
+def report(
+    looks: list[dict[str, float]], waiting: int, waited_s: float, ages: tuple[float, float], folder: Path
+) -> str:
     first = [look for look in looks if FROM < look["files"] <= FROM + WINDOW]
     last = [look for look in looks if look["files"] > looks[-1]["files"] - WINDOW]
     ends = {curve: [statistics.median(look[curve] for look in part) for part in (first, last)] for curve in CURVES}
@@ -161,6 +202,9 @@ the last {WINDOW}; given are medians.
 
 {results.table(("", "first", "last", "last / first"), table)}
 
+A file dropped into an idle daemon is trained after {ages[0]:.2f} s by a new model, and after {ages[1]:.2f} s by one at
+global step {LOGGED:,} whose log tells of every step: a checkpoint carries no log, so its size is the same.
+
 ![The same as curves]({PLOT.name})
 """
 
@@ -180,8 +224,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.files} files are trained", flush=True)
             waited_s = wait_in_queue(daemon, args.waiting)
             print(f"{args.waiting} files were in the queue after {waited_s:.1f} s", flush=True)
+        ages = early_and_late(folder / "aged", folder / "base")
         plot(looks, args.results.with_name(PLOT.name))
-        results.write_section("growth", report(looks, args.waiting, waited_s, folder), args.results)
+        results.write_section("growth", report(looks, args.waiting, waited_s, ages, folder), args.results)
     print(f"written to {args.results}")
 
 

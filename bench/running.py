@@ -24,13 +24,13 @@ TOLD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \S+ +(.*)$", re.MULT
 
 
 class Daemon:
-    """`daemon.py run` on a new home, as long as the block lasts."""
+    """`daemon.py run` on a home, as long as the block lasts."""
 
     def __init__(self, home: Path, settings: str, *arguments: str) -> None:
         self.home = home
         self.log = home / "logs" / "daemon.log"
         self._arguments = arguments
-        (home / "inbox").mkdir(parents=True)
+        (home / "inbox").mkdir(parents=True, exist_ok=True)
         (home / "longrun.toml").write_text(settings)
 
     def __enter__(self) -> Self:
@@ -38,7 +38,7 @@ class Daemon:
         command = [sys.executable, str(ROOT / "daemon.py"), "run", "--home", str(self.home), *self._arguments]
         with (self.home / "stderr.log").open("a") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
-        self.wait(lambda: "Longrun watches" in self.told and (self.home / "state" / "status.json").exists())
+        self.wait(lambda: self.status.get("pid") == self.process.pid)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -51,7 +51,9 @@ class Daemon:
 
     @property
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.home / "state" / "status.json").read_text())
+        """What it told last; nothing at first."""
+        file = self.home / "state" / "status.json"
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return found
 
     def drop(self, name: str, rows: list[dict[str, Any]]) -> float:
