@@ -1,8 +1,8 @@
 """Growth: a thousand small files in one lineage, and whether the last ones cost what the first did.
 
 Some files always wait, so that the time from one file's end to the next one's is what a file takes. Memory is what
-Linux counts as resident; what a command takes is `daemon.py status`, Python's start included. Then very
-many files are moved into the inbox at once, and the time is taken until the last is in the queue.
+Linux counts as resident; what a command takes is `daemon.py status`, Python's start included. Then very many files
+are moved into the inbox at once, and the time is taken until the last is in the queue.
 """
 
 from __future__ import annotations

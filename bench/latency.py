@@ -42,7 +42,7 @@ def play(folder: Path, base: Path, rows: int, dice: random.Random) -> dict[str, 
             found[way] = way_of(daemon, way, dropped)
             daemon.wait_told(f"{way}.jsonl is trained")
             daemon.wait(lambda: daemon.status["state"] == "idle")
-        daemon.drop("busy", numbered("busy", 8 * BUSY_STEPS + rows, dice))
+        daemon.drop("busy", numbered("busy", 8 * BUSY_STEPS + rows // 4, dice))
         daemon.wait_told("busy.jsonl: training on")
         daemon.drop("behind", numbered("behind", rows, dice))
         found[BEHIND] = way_of(daemon, "behind", daemon.wait_told("busy.jsonl is trained"))
