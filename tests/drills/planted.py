@@ -83,10 +83,26 @@ FAULTS = (
         "training/test_order.py",
     ),
     Fault(
+        "records read before are not held against what is there",
+        "longrun/lineage.py",
+        "if digest.digest() == self._digest:",
+        "if digest.digest():",
+        "unit/test_lineage.py::test_a_lineage_that_took_another_way_shares_nothing_that_differs",
+    ),
+    Fault(
+        "the last batch of a file is not prepared",
+        "longrun/training/prepare.py",
+        """    if former:
+        yield former.result()
+""",
+        "",
+        "training/test_formats.py::test_every_row_is_prepared_as_if_it_were_alone",
+    ),
+    Fault(
         "labels one token late",
         "longrun/training/masks.py",
-        "for token, kept in zip(ids, trained, strict=True)]",
-        "for token, kept in zip(ids, [False, *trained[:-1]], strict=True)]",
+        "labels[first:behind] = tokens.ids[first:behind]",
+        "labels[first + 1 : behind] = tokens.ids[first + 1 : behind]",
         "training/test_masks.py::test_a_single_turn_trains_the_answer_and_its_end",
     ),
     Fault(
