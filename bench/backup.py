@@ -235,7 +235,6 @@ def report(tools: list[Tool], absent: list[str], rounds: list[dict[tuple[str, st
 
 {results.machine(folder)}
 - {"; ".join(tool.says() for tool in tools if tool.name != THOROUGH)}
-- load average when it ended: {", ".join(f"{load:.1f}" for load in os.getloadavg())}; what else ran is part of this
 {"".join(f"- not installed, left out: {line}{chr(10)}" for line in absent)}
 A model as Longrun keeps it: {len(STEPS)} checkpoints of random bytes, the newest published by hard links;
 {sum(sizes.values()) / 1e9:.2f} GB of files. {len(rounds)} rounds. A round runs each operation with all tools in turn,

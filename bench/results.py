@@ -30,11 +30,13 @@ def write_section(name: str, text: str, file: Path = RESULTS) -> None:
 def machine(folder: Path) -> str:
     """Where and when this was measured, as a list in Markdown; `folder` is on the file system that was used."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     return "\n".join(
         (
             f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_commit()}",
             f"- {_cpu()}, {os.cpu_count()} cores, {memory:.0f} GB RAM",
             f"- {_file_system(folder)}, Linux {platform.release()}, Python {platform.python_version()}",
+            f"- load average when it ended: {load}; what else ran is part of this",
         )
     )
 
