@@ -37,6 +37,7 @@ class Run:
     global_step: int
     sent: bool = False
     started: bool = False
+    rows_at_once: int = 0
     stopping: str = ""  # why it was asked to stop
     waiting: wire.Waiting | None = None
     loss: float | None = None
@@ -204,6 +205,7 @@ class Runs:
         settings = self._context.settings
         fixed = {
             "per_device": fitting.rows_at_once(self._context, batch_size),
+            "may_be_fewer": not settings.train.per_device_train_batch_size,
             "batch_size": batch_size,
             "dtype": settings.model.dtype,
             "attn_implementation": settings.model.attn_implementation,
@@ -308,7 +310,7 @@ class Runs:
                 self._failed(run, message)
 
     def _started(self, run: Run, message: wire.Started, now: float) -> None:
-        run.started = True
+        run.started, run.rows_at_once = True, message.rows_at_once
         self._deaths = 0
         how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
         self._context.say(
@@ -355,6 +357,8 @@ class Runs:
             f"{folder.name} saved ({message.size_bytes / 1e6:.1f} MB in {message.seconds:.2f} s)",
             job=run.job.number,
             global_step=message.global_step,
+            seconds=round(message.seconds, 3),
+            size_bytes=message.size_bytes,
         )
 
     def _waits(self, run: Run, message: wire.Waiting) -> None:
@@ -486,7 +490,7 @@ class Runs:
             self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
             return
         if kind == "out of memory":
-            fitting.make_smaller(self._context, run.plan.recipe.batch_size, attempts)
+            fitting.make_smaller(self._context, run.plan.recipe.batch_size, run.rows_at_once, attempts)
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
         self._context.say(
             "retry",

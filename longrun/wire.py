@@ -115,6 +115,7 @@ class Started:
     device: str
     seconds: float
     warm: bool
+    rows_at_once: int  # on a device
 
 
 @dataclass(frozen=True, kw_only=True)

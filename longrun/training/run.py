@@ -22,8 +22,8 @@ from longrun import checkpoint, disk, wire
 from longrun.errors import LongrunError
 from longrun.journal import utc_now
 from longrun.lineage import Lineage
-from longrun.plan import Plan, Recipe
-from longrun.training import base_model
+from longrun.plan import Plan, Recipe, even_share
+from longrun.training import base_model, head
 from longrun.training.data import Collator, PlannedRows, filled_up
 from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
 from longrun.training.order import held_out_rows, training_order
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from longrun.home import Home
 
+ON_A_CPU = 2  # rows at once: they keep its cores busy, and more are padded to the longest (bench/throughput.py)
 TELL_S = 0.5  # between progress messages
 SAVE_SHARE = 0.02  # of the time may go into checkpoints, at the default interval
 SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a kill can cost
@@ -84,7 +85,7 @@ class DiskFull(LongrunError):
 class Options:
     """What a worker is started with and keeps for life."""
 
-    per_device: int
+    per_device: int  # rows at once, at most
     batch_size: int
     dtype: str
     attn_implementation: str
@@ -93,6 +94,11 @@ class Options:
     optim: str
     report_to: tuple[str, ...]
     processes: int = 1
+    may_be_fewer: bool = False  # rows at once, where that is faster
+
+    def rows_at_once(self, device: base_model.Device) -> int:
+        most = min(self.per_device, ON_A_CPU) if self.may_be_fewer and device.name == "cpu" else self.per_device
+        return even_share(self.batch_size, self.processes, most)
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -107,6 +113,7 @@ class Runner:
         self._channel = channel
         self._trainer: PlannedTrainer | None = None
         self._base = ""
+        self._save_s: float | None = None
         self._verifier = checkpoint.Verifier()
         self.device = base_model.find_device(options.dtype)
         self._args = _arguments(home, options, self.device)
@@ -125,6 +132,7 @@ class Runner:
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=self._base)
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
+            session.save_s = self._save_s
             trainer.conductor, trainer.resumes = session, digest
             shares = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * self.world.size
             assert shares == session.recipe.batch_size, "a step must train exactly the rows of its slice"
@@ -134,6 +142,7 @@ class Runner:
             is_warm = warm and trainer.in_memory.weights == digest
             session.on_begin = lambda: self._tell_started(session, time.monotonic() - started, warm=is_warm)
             trainer.train(resume_from_checkpoint=task.checkpoint)
+            self._save_s = session.save_s
             self.metrics.flush()
             return session.ended()
 
@@ -146,6 +155,7 @@ class Runner:
                 device=str(self.device),
                 seconds=seconds,
                 warm=warm,
+                rows_at_once=self._args.per_device_train_batch_size,
             )
         )
 
@@ -161,12 +171,14 @@ class Runner:
         self._base = base_model.pinned(task.base_model)
         tokenizer = base_model.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        collator = Collator(pad)
         trainer = PlannedTrainer(
             model=model,
             args=self._args,
-            data_collator=Collator(pad),
+            data_collator=collator,
             processing_class=tokenizer,
         )
+        collator.only_trained = head.can_be_spared(model)
         trainer.remove_callback(PrinterCallback)
         trainer.in_memory = InMemory(weights=newest.digest if newest else "")
         # Imports and model are here for life: without this each train() spends 0.2 s collecting them.
@@ -180,10 +192,11 @@ def _arguments(home: Home, options: Options, device: base_model.Device) -> Train
     """The one TrainingArguments of this process: a second would reset accelerate's state under the Trainer."""
     # Only when asked for: newer versions of transformers call it by another name, and warn.
     rarely: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
+    at_once = options.rows_at_once(device)
     return TrainingArguments(
         output_dir=str(home.staging),
-        per_device_train_batch_size=options.per_device,
-        gradient_accumulation_steps=options.batch_size // (options.per_device * asked_size()),
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=options.batch_size // (at_once * asked_size()),
         max_steps=1,  # set for each run
         optim=options.optim,
         **rarely,
@@ -234,7 +247,10 @@ class Session:
         prepared = Path(task.prepared)
         done = self.progress.done_steps * self.plan.recipe.batch_size
         left = self._order[done:]
-        self.rows = PlannedRows(prepared, filled_up(left, self.plan.recipe.batch_size) if world.size > 1 else left)
+        batch_size = self.plan.recipe.batch_size
+        self.rows = PlannedRows(prepared, filled_up(left, batch_size) if world.size > 1 else left)
+        if trainer.args.per_device_train_batch_size < batch_size:
+            self.rows.sort_steps(batch_size)
         self._held_out = PlannedRows(prepared, held_out_rows(self.plan))
         on_cpu = trainer.args.device.type == "cpu"
         self._losses = Losses(
@@ -247,7 +263,7 @@ class Session:
         self._logged_sum = self._losses.sum
         self._began = self._told = self._saved = time.monotonic()
         self._began_step = self.progress.global_step
-        self._save_s: float | None = None  # what the last checkpoint cost
+        self.save_s: float | None = None  # what the last checkpoint cost
         metrics.begin(lineage.lineage, self.progress.global_step)
 
     @property
@@ -345,7 +361,7 @@ class Session:
     def _is_time_to_save(self, step: int) -> bool:
         if self._task.save_steps:
             return step % self._task.save_steps == 0
-        wanted = (self._save_s or 0.0) / SAVE_SHARE
+        wanted = (self.save_s or 0.0) / SAVE_SHARE
         return time.monotonic() - self._saved > min(max(wanted, SAVE_AT_LEAST_S), SAVE_AT_MOST_S)
 
     def save(self, write: Callable[[], None]) -> None:
@@ -364,9 +380,9 @@ class Session:
             self._wait_for_room(at_least_once=True)  # what is free is not always ours: quotas
         self._trainer.in_memory = InMemory(digest, digest)
         self._saved = time.monotonic()
-        self._save_s = self._saved - started
+        self.save_s = self._saved - started
         size = disk.tree_bytes(checkpoint.folder_of(self._home.model, step)) if self._world.leads else 0
-        self._channel.send(wire.Saved(job=self.plan.job, global_step=step, seconds=self._save_s, size_bytes=size))
+        self._channel.send(wire.Saved(job=self.plan.job, global_step=step, seconds=self.save_s, size_bytes=size))
 
     def _save_once(self, write: Callable[[], None], lineage: Lineage) -> str | None:
         """The digest of the committed checkpoint; None when there turned out to be no room for it."""

@@ -28,7 +28,8 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, torch_hand):
     """Bad files between good ones, all through one daemon."""
-    settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "worker.max_attempts": 3}
+    settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "worker.max_attempts": 3,
+                "train.per_device_train_batch_size": 8}  # fmt: skip
     with closing(Lab(tmp_path_factory.mktemp("failures") / "home", hand=torch_hand, **settings)) as lab:
         for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "last"):
             lab.drop(f"{name}.jsonl", ROWS)

@@ -199,7 +199,7 @@ def test_skip_ends_the_running_file_only_and_retry_trains_it_from_its_first_row(
 def test_a_skip_while_the_worker_starts_again_still_names_the_rows_in_the_model(lab):
     lab.ensure_running()
     lab.drop("slow-again.jsonl", 160)
-    lab.wait_for_steps("slow-again.jsonl", 6)  # beyond a checkpoint
+    lab.wait_for_steps("slow-again.jsonl", 11)  # so that a checkpoint beyond its fifth step is committed
     os.kill(lab.note["worker_pid"], signal.SIGKILL)
     lab.wait_until(lambda: [e for e in lab.events if e["event"] == "retry" and "slow-again" in e["message"]])
     lab.wait_until(lambda: (c := lab.note["current"]) and c["loss"] is None and c["done_steps"] >= 5)

@@ -69,7 +69,9 @@ class Worker:
         with checkpoint.OpenModel(self.home, newest) as model:
             before, progress = lineage.begun(plan, NOW)
             step = progress.global_step
-            self.channel.send(wire.Started(job=plan.job, global_step=step, device="none", seconds=0.0, warm=False))
+            self.channel.send(
+                wire.Started(job=plan.job, global_step=step, device="none", seconds=0.0, warm=False, rows_at_once=1)
+            )
             stopped = ""
             while progress.done_steps < plan.planned_steps and not stopped:
                 progress = self._step(plan, progress, seen)

@@ -1,0 +1,72 @@
+"""What a step is made of: its rows, together with those of their length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from longrun.home import ROWS
+from longrun.training import prepare
+from longrun.training.base_model import Device
+from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up
+from longrun.training.run import Options
+
+CPU, GPU = Device("cpu", bf16=False, why="a test"), Device("cuda", bf16=True, why="a test")
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    """Tokens of each row of a prepared file at tmp_path."""
+    lengths = np.random.default_rng(1).integers(2, 60, size=1000)
+    rows = ([int(at)] * int(length) for at, length in enumerate(lengths))
+    prepare._write(tmp_path / ROWS, ((row, row, at) for at, row in enumerate(rows)))
+    return lengths
+
+
+def test_sorted_steps_train_the_same_rows_and_pad_less(tmp_path, lengths):
+    order = filled_up(np.random.default_rng(2).permutation(len(lengths))[:-3], 16)
+    planned, rows = PlannedRows(tmp_path, order), PlannedRows(tmp_path, order)
+    rows.sort_steps(16)
+    padded = {"as planned": 0, "sorted": 0}
+    for step in range(len(order) // 16):
+        slices = [[each[at] for at in range(step * 16, (step + 1) * 16)] for each in (planned, rows)]
+        assert sorted(s["row"] for s in slices[0]) == sorted(s["row"] for s in slices[1])
+        for name, samples in zip(padded, slices, strict=True):
+            padded[name] += sum(Collator(0)(samples[at : at + 4])["input_ids"].numel() for at in range(0, 16, 4))
+    assert padded["sorted"] < 1.2 * lengths.sum() < 1.5 * lengths.sum() < padded["as planned"]
+
+
+def test_a_row_that_fills_up_trains_nothing_and_is_not_accounted_for(tmp_path, lengths):
+    rows = PlannedRows(tmp_path, np.array([3, NO_ROW]))
+    batch = Collator(9)([rows[0], rows[1]])
+    assert batch["rows"] == [3]
+    assert (batch["labels"][1] == -100).all()
+    assert batch["input_ids"].tolist()[0] == [3] * lengths[3]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[3], 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "most", "batch_size", "processes", "found"),
+    [
+        (CPU, False, 8, 8, 1, 2),
+        (CPU, False, 1, 8, 1, 1),  # learnt from an out of memory
+        (CPU, False, 7, 7, 1, 1),
+        (CPU, False, 4, 8, 2, 2),
+        (CPU, True, 8, 8, 1, 8),
+        (GPU, False, 8, 8, 1, 8),
+    ],
+)
+def test_as_many_rows_at_once_as_suit_the_device_unless_asked(device, asked, most, batch_size, processes, found):
+    options = Options(
+        per_device=most,
+        batch_size=batch_size,
+        dtype="auto",
+        attn_implementation="auto",
+        trust_remote_code=False,
+        gradient_checkpointing=False,
+        optim="adamw_torch",
+        report_to=(),
+        processes=processes,
+        may_be_fewer=not asked,
+    )
+    assert options.rows_at_once(device) == found
