@@ -28,12 +28,14 @@ fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/bench.stamp  ## rows others lose, what the daemon costs, how soon it begins, backups (20 GB): bench/RESULTS.md; hours
+bench: .venv/bench.stamp  ## rows others lose, and what everything costs: bench/RESULTS.md; hours, 20 GB
 	$(BIN)/python -m bench.rows_lost
 	$(BIN)/python -m bench.daemon_tax
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.idle
 	$(BIN)/python -m bench.big_files
+	$(BIN)/python -m bench.throughput
+	$(BIN)/python -m bench.checkpoints
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.backup
 

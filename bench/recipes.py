@@ -21,7 +21,7 @@ BATCH, RATE, SAVE_STEPS = 8, 2e-5, 2
 STEPS = {"save_steps": SAVE_STEPS, "logging_steps": 1, "learning_rate": RATE, "report_to": "none"}
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import Trainer
 
@@ -128,10 +128,36 @@ def plain(file: Path, home: Path) -> None:
     trainer.save_model(str(home / file.stem / "model"))
 
 
+def answers_only(file: Path, home: Path, **more: Any) -> None:
+    """The Trainer as it is set up without a word, but for the loss: on what the assistant says."""
+    _trainer(home / "base", file, home / "out", answers=True, num_train_epochs=1, **(_seldom() | more)).train()
+
+
+def answers_by_length(file: Path, home: Path) -> None:
+    """And rows of similar length in a batch, the Trainer's own way: it gives up the random order."""
+    answers_only(file, home, train_sampling_strategy="group_by_length")
+
+
+def sft_defaults(file: Path, home: Path, **more: Any) -> None:
+    """TRL's trainer as it is set up without a word, but for the loss: on what the assistant says."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    settings = _on_cpu() | _seldom() | {"bf16": True, "num_train_epochs": 1, "assistant_only_loss": True, **more}
+    arguments = SFTConfig(str(home / "out"), per_device_train_batch_size=BATCH, **settings)
+    rows = load_dataset("json", data_files=str(file), split="train")
+    SFTTrainer(str(home / "base"), args=arguments, train_dataset=rows).train()
+
+
+def sft_in_full(file: Path, home: Path) -> None:
+    """In the precision of the device, and with nothing computed twice to save memory."""
+    sft_defaults(file, home, bf16=_has_gpu(), gradient_checkpointing=False)
+
+
 # -- shared
 
 
-def _trainer(model: Path, file: Path, out: Path, **arguments: Any) -> Trainer:
+def _trainer(model: Path, file: Path, out: Path, *, answers: bool = False, **arguments: Any) -> Trainer:
     from datasets import Dataset
     from transformers import (
         AutoModelForCausalLM,
@@ -143,14 +169,28 @@ def _trainer(model: Path, file: Path, out: Path, **arguments: Any) -> Trainer:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
-    ids = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
+    encoded = [
+        tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=answers)
+        for messages in rows
+    ]
     return Trainer(
         AutoModelForCausalLM.from_pretrained(model),
         TrainingArguments(str(out), per_device_train_batch_size=BATCH, **(_on_cpu() | arguments)),
         DataCollatorForSeq2Seq(tokenizer),
-        Dataset.from_list([{"input_ids": row, "labels": row} for row in ids]),
+        Dataset.from_list([{"input_ids": row["input_ids"], "labels": _labels(row)} for row in encoded]),
         processing_class=tokenizer,
     )
+
+
+def _labels(row: Mapping[str, list[int]]) -> list[int]:
+    """All tokens, or the assistant's where they are marked."""
+    marks = row.get("assistant_masks", [1] * len(row["input_ids"]))
+    return [token if mark else -100 for token, mark in zip(row["input_ids"], marks, strict=True)]
+
+
+def _seldom() -> dict[str, Any]:
+    """The Trainer's defaults, as far as STEPS has others."""
+    return {"save_steps": 500, "logging_steps": 500, "bf16": _has_gpu()}
 
 
 def _on_cpu() -> dict[str, Any]:
@@ -197,6 +237,10 @@ RECIPES: tuple[Callable[[Path, Path], None], ...] = (
     axolotl,
     llamafactory,
     plain,
+    answers_only,
+    answers_by_length,
+    sft_defaults,
+    sft_in_full,
 )
 
 if __name__ == "__main__":

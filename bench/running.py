@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,14 +85,54 @@ class Daemon:
 
     def events_of(self, name: str) -> dict[str, float]:
         """When each event of a file was told last, by its kind, in seconds since the epoch."""
-        lines = (self.home / "state" / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
+        events = lines_of(self.home / "state" / "events.jsonl")
         job = next(event["job"] for event in events if event.get("file") == f"{name}.jsonl")
         return {
             event["event"]: datetime.fromisoformat(event["time"]).timestamp()
             for event in events
             if event.get("job") == job
         }
+
+
+def drain(home: Path, base: Path, files: list[Path], settings: str, **environment: str) -> None:
+    """Train the files, in this order, by `daemon.py run --drain` in a new home; what it said is in said.log."""
+    (home / "inbox").mkdir(parents=True)
+    (home / "longrun.toml").write_text(settings)
+    now = time.time()
+    for at, file in enumerate(files):
+        shutil.copy(file, home / "inbox")
+        os.utime(home / "inbox" / file.name, (now - 100 + at,) * 2)
+    command = [
+        sys.executable,
+        str(ROOT / "daemon.py"),
+        "run",
+        "--drain",
+        "--home",
+        str(home),
+        "--base-model",
+        str(base),
+    ]
+    run(command, home, **environment)
+
+
+def run(command: list[str], home: Path, **environment: str) -> None:
+    """A command with the probe on its path and no way to the hub."""
+    places = {"PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+    with (home / "said.log").open("w") as log:
+        subprocess.run(
+            command,
+            cwd=home,
+            env=os.environ | places | environment,
+            stdout=log,
+            stderr=log,
+            timeout=LIMIT_S,
+            check=True,
+        )
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """Of a file with one JSON object a line."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Counts rows where nobody can argue: at the model's forward pass in training, whoever calls it.
 
-    BENCH_PROBE=FILE       append {"pid", "run", "global_step", "learning_rate", "adam_steps", "rows"} for each forward
-                           in training
+    BENCH_PROBE=FILE       append {"pid", "time", "run", "global_step", "learning_rate", "adam_steps", "tokens", "rows"}
+                           for each forward in training; padding is no token
+    BENCH_MODEL=FOLDER     whose tokenizer reads the rows; without it they are not looked for
     BENCH_RUN=NAME         what the global step counts in: one number line for each output folder
-    BENCH_KILL=NAME:N      once: SIGKILL at the Nth forward with rows of the file NAME, of the process and, if it is
+    BENCH_KILL=NAME:N      once: SIGKILL in the Nth step with rows of the file NAME, of the process and, if it is
                            Longrun's worker, of its daemon
+    BENCH_PARTS=FILE       append {"pid", "time", "part", "seconds"} for each part of saving a checkpoint, when it ends
 
 Rows carry their name in their text, "Row c-0032.", so that whatever tokenises, shuffles, pads or packs them, what
 reaches the model tells which they are.
@@ -18,11 +20,12 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROW = re.compile(r"Row ([\w-]+-\d+)\.")
 STEP = {"global_step": None, "learning_rate": None, "adam_steps": None}
-KILLING = [0]
+OF_FILE = set()  # steps with rows of the file to kill at
 
 
 def seen(function):
@@ -31,14 +34,26 @@ def seen(function):
         import torch
 
         if model.training and torch.is_grad_enabled() and input_ids is not None:
-            rows = [row for ids in input_ids.tolist() for row in ROW.findall(tokenizer().decode(ids))]
+            rows = rows_in(input_ids) if "BENCH_MODEL" in os.environ else []
             kill_if_due(rows)
-            line = {"pid": os.getpid(), "run": os.environ.get("BENCH_RUN", ""), **STEP, "rows": rows}
+            mask = options.get("attention_mask")
+            line = {
+                "pid": os.getpid(),
+                "time": time.time(),
+                "run": os.environ.get("BENCH_RUN", ""),
+                **STEP,
+                "tokens": input_ids.numel() if mask is None else int(mask.sum()),
+                "rows": rows,
+            }
             with Path(os.environ["BENCH_PROBE"]).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return function(model, input_ids, *rest, **options)
 
     return forward
+
+
+def rows_in(input_ids):
+    return [row for ids in input_ids.tolist() for row in ROW.findall(tokenizer().decode(ids))]
 
 
 @functools.cache
@@ -52,8 +67,8 @@ def kill_if_due(rows):
     name, _, nth = os.environ.get("BENCH_KILL", "").partition(":")
     if not name or not any(row.startswith(f"{name}-") for row in rows):
         return
-    KILLING[0] += 1
-    if KILLING[0] == int(nth):
+    OF_FILE.add(STEP["global_step"])
+    if len(OF_FILE) == int(nth):
         mark = Path(os.environ["BENCH_PROBE"] + ".killed")
         if not mark.exists():
             mark.touch()
@@ -77,30 +92,58 @@ def noted(function):
     return training_step
 
 
-WRAPPED = {
-    "transformers.models.llama.modeling_llama": ("LlamaModel", "forward", seen),
-    "transformers.trainer": ("Trainer", "training_step", noted),
-}
+def timed(part):
+    def wrapper(function):
+        @functools.wraps(function)
+        def timing(*arguments, **options):
+            began = time.time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                now = time.time()
+                with Path(os.environ["BENCH_PARTS"]).open("a") as file:
+                    line = {"pid": os.getpid(), "time": now, "part": part, "seconds": now - began}
+                    file.write(json.dumps(line) + "\n")
+
+        return timing
+
+    return wrapper
+
+
+FORWARDS = [
+    ("transformers.models.llama.modeling_llama", "LlamaModel.forward", seen),
+    ("transformers.trainer", "Trainer.training_step", noted),
+]
+PARTS = [
+    ("transformers.trainer", "Trainer._save_checkpoint", timed("written")),
+    ("longrun.checkpoint", "seal", timed("sealed")),
+    ("longrun.disk", "hash_file", timed("hashed")),
+    ("longrun.checkpoint", "publish", timed("published")),
+    ("longrun.checkpoint", "retire", timed("old ones removed")),
+]
+WRAPPED = (FORWARDS if "BENCH_PROBE" in os.environ else []) + (PARTS if "BENCH_PARTS" in os.environ else [])
 
 
 class Finder(importlib.abc.MetaPathFinder):
     """Wraps the functions right after their module was executed."""
 
     def find_spec(self, name, path, target=None):  # noqa: ARG002
-        if name not in WRAPPED:
+        wanted = [(function, wrapper) for module, function, wrapper in WRAPPED if module == name]
+        if not wanted:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def execute_and_wrap(module):
             execute(module)
-            owner, function, wrapper = WRAPPED[name]
-            owner = getattr(module, owner)
-            setattr(owner, function, wrapper(getattr(owner, function)))
+            for function, wrapper in wanted:
+                *owners, function = function.split(".")
+                owner = functools.reduce(getattr, owners, module)
+                setattr(owner, function, wrapper(getattr(owner, function)))
 
         spec.loader.exec_module = execute_and_wrap
         return spec
 
 
-if "BENCH_PROBE" in os.environ:
+if WRAPPED:
     sys.meta_path.insert(0, Finder())
