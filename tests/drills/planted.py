@@ -57,8 +57,8 @@ FAULTS = (
     Fault(
         "rows one place off",
         "longrun/training/data.py",
-        "row = int(self._order[index])",
-        "row = int(self._order[index - 1])",
+        "at = int(self._order[index])",
+        "at = int(self._order[index - 1])",
         "training/test_run.py::test_steps_train_exactly_the_slices_of_the_order",
     ),
     Fault(
@@ -108,9 +108,23 @@ FAULTS = (
     Fault(
         "the prompt trained too",
         "longrun/training/data.py",
-        '"labels": self._padded(samples, "labels", longest, IGNORED)',
-        '"labels": self._padded(samples, "input_ids", longest, IGNORED)',
+        '"labels": _padded(samples, "labels", lengths.max(), IGNORED)',
+        '"labels": _padded(samples, "input_ids", lengths.max(), IGNORED)',
         "training/test_run.py::test_held_out_rows_are_evaluated_and_never_trained",
+    ),
+    Fault(
+        "rows sorted beyond their step",
+        "longrun/training/data.py",
+        "step = np.arange(len(self._order)) // batch_size",
+        "step = np.arange(len(self._order)) // (2 * batch_size)",
+        "training/test_data.py::test_sorted_steps_train_the_same_rows_and_pad_less",
+    ),
+    Fault(
+        "logits made one place off",
+        "longrun/training/head.py",
+        "(labels, (0, 1), value=IGNORED)[:, 1:]",
+        "(labels, (0, 0), value=IGNORED)[:, 0:]",
+        "training/test_head.py::test_logits_are_made_only_where_a_row_trains_the_next_token",
     ),
     Fault(
         "the Trainer skips rows as well",
