@@ -48,7 +48,7 @@ class TrainSettings:
     learning_rate: float = _setting(2e-5, least=1e-12, most=10)
     num_train_epochs: int = _setting(1, least=1, most=1000)  # of each file
     batch_size: int = _setting(8, least=1)  # rows an optimizer step, over devices and accumulation
-    per_device_train_batch_size: int = _setting(0, least=0)  # rows at once on a device; 0: all, on a CPU 2
+    per_device_train_batch_size: int = _setting(0, least=0)  # rows at once on a device; 0: as suits it
     weight_decay: float = _setting(0.0, least=0, most=10)
     adam_beta1: float = _setting(0.9, least=0, most=0.999999)
     adam_beta2: float = _setting(0.999, least=0, most=0.999999999)

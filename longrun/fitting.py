@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from longrun.plan import even_share
+from longrun.errors import BadModel
 
 if TYPE_CHECKING:
     from longrun.context import Context
@@ -20,14 +20,14 @@ def rows_at_once(context: Context, batch_size: int) -> int:
     settings = context.settings
     wanted = settings.train.per_device_train_batch_size or batch_size
     limit = min(wanted, int(_learnt(context).get(_situation(context, batch_size), wanted)))
-    return even_share(batch_size, settings.worker.processes, limit)
+    return _even_share(batch_size, settings.worker.processes, limit)
 
 
 def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -> None:
     """Half as many rows at once as were tried, and one before the last attempt; remembered over restarts."""
     last = attempts + 1 >= context.settings.worker.max_attempts
     limit = 1 if last else max(1, tried // 2)
-    rows = even_share(batch_size, context.settings.worker.processes, limit)
+    rows = _even_share(batch_size, context.settings.worker.processes, limit)
     context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {_situation(context, batch_size): rows}))
     context.say(
         "smaller batches",
@@ -44,3 +44,14 @@ def _learnt(context: Context) -> dict[str, int]:
 def _situation(context: Context, batch_size: int) -> str:
     """What the lesson holds for; in another situation more may fit."""
     return f"{batch_size} x {context.settings.train.max_length} tokens, {context.settings.model.base_model}"
+
+
+def _even_share(batch_size: int, processes: int, limit: int) -> int:
+    """The most rows at once, at most `limit`, with which every process trains the same number of a step's rows."""
+    shares = [rows for rows in range(1, limit + 1) if batch_size % (rows * processes) == 0]
+    if not shares:
+        raise BadModel(
+            f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
+            hint="set worker.processes to a divisor until that file is trained",
+        )
+    return shares[-1]

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longrun.errors import BadFile, BadModel
+from longrun.errors import BadFile
 
 HELD_OUT_MAX = 100  # rows
 HELD_OUT_PER_MILLE = 5
@@ -95,14 +95,3 @@ def make_plan(
             hint=f"check that answers are not empty and not cut away by max_length = {recipe.max_length}",
         )
     return plan
-
-
-def even_share(batch_size: int, processes: int, limit: int) -> int:
-    """The most rows at once, at most `limit`, with which every process trains the same number of a step's rows."""
-    shares = [rows for rows in range(1, limit + 1) if batch_size % (rows * processes) == 0]
-    if not shares:
-        raise BadModel(
-            f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
-            hint="set worker.processes to a divisor until that file is trained",
-        )
-    return shares[-1]

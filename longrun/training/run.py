@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from longrun import checkpoint, disk, wire
 from longrun.errors import LongrunError
 from longrun.journal import utc_now
 from longrun.lineage import Lineage
-from longrun.plan import Plan, Recipe, even_share
+from longrun.plan import Plan, Recipe
 from longrun.training import base_model, head
-from longrun.training.data import Collator, PlannedRows, filled_up
+from longrun.training.data import Collator, PlannedRows, filled_up, row_tokens
 from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
 from longrun.training.order import held_out_rows, training_order
 from longrun.training.trainer import InMemory, PlannedTrainer
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
     from longrun.home import Home
 
-ON_A_CPU = 2  # rows at once: they keep its cores busy, and more are padded to the longest (bench/throughput.py)
+# In a micro-batch on a CPU. So many keep its cores busy, and more rows only pad one another (bench/throughput.py).
+TOKENS_ON_A_CPU = 256
 TELL_S = 0.5  # between progress messages
 SAVE_SHARE = 0.02  # of the time may go into checkpoints, at the default interval
 SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a kill can cost
@@ -96,9 +98,12 @@ class Options:
     processes: int = 1
     may_be_fewer: bool = False  # rows at once, where that is faster
 
-    def rows_at_once(self, device: base_model.Device) -> int:
-        most = min(self.per_device, ON_A_CPU) if self.may_be_fewer and device.name == "cpu" else self.per_device
-        return even_share(self.batch_size, self.processes, most)
+    def rows_at_once(self, device: base_model.Device, row_tokens: float) -> int:
+        """Rows of a micro-batch, for rows of so many tokens on average; a function of these and of nothing else."""
+        if not self.may_be_fewer or device.name != "cpu":
+            return self.per_device
+        enough = range(math.ceil(TOKENS_ON_A_CPU / row_tokens), self.per_device)
+        return next((rows for rows in enough if self.batch_size % (rows * self.processes) == 0), self.per_device)
 
     @classmethod
     def from_json(cls, text: str) -> Options:
@@ -130,6 +135,7 @@ class Runner:
         warm = self._trainer is not None
         trainer = self._trainer or self._load(task, newest)
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=self._base)
+        trainer.take_at_once(self._options.rows_at_once(self.device, row_tokens(Path(task.prepared))), self.world.size)
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
             session.save_s = self._save_s
@@ -192,11 +198,10 @@ def _arguments(home: Home, options: Options, device: base_model.Device) -> Train
     """The one TrainingArguments of this process: a second would reset accelerate's state under the Trainer."""
     # Only when asked for: newer versions of transformers call it by another name, and warn.
     rarely: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
-    at_once = options.rows_at_once(device)
     return TrainingArguments(
         output_dir=str(home.staging),
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=options.batch_size // (at_once * asked_size()),
+        per_device_train_batch_size=options.per_device,
+        gradient_accumulation_steps=options.batch_size // (options.per_device * asked_size()),
         max_steps=1,  # set for each run
         optim=options.optim,
         **rarely,

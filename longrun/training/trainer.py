@@ -66,6 +66,13 @@ class PlannedTrainer(Trainer):
 
     # -- rows
 
+    def take_at_once(self, rows: int, processes: int) -> None:
+        """So many rows a micro-batch from the next train() on; a step has as many as before."""
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * processes
+        self.args.per_device_train_batch_size = rows
+        self.args.gradient_accumulation_steps = batch_size // (rows * processes)
+        self._train_batch_size = self.args.train_batch_size
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; the rows are noted here because here is what the model really receives."""
         rows = inputs.pop("rows")

@@ -8,7 +8,7 @@ import pytest
 from longrun.home import ROWS
 from longrun.training import prepare
 from longrun.training.base_model import Device
-from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up
+from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up, row_tokens
 from longrun.training.run import Options
 
 CPU, GPU = Device("cpu", bf16=False, why="a test"), Device("cuda", bf16=True, why="a test")
@@ -36,6 +36,10 @@ def test_sorted_steps_train_the_same_rows_and_pad_less(tmp_path, lengths):
     assert padded["sorted"] < 1.2 * lengths.sum() < 1.5 * lengths.sum() < padded["as planned"]
 
 
+def test_tokens_a_row_are_those_of_all_prepared_rows(tmp_path, lengths):
+    assert row_tokens(tmp_path) == pytest.approx(lengths.mean())
+
+
 def test_a_row_that_fills_up_trains_nothing_and_is_not_accounted_for(tmp_path, lengths):
     rows = PlannedRows(tmp_path, np.array([3, NO_ROW]))
     batch = Collator(9)([rows[0], rows[1]])
@@ -46,17 +50,22 @@ def test_a_row_that_fills_up_trains_nothing_and_is_not_accounted_for(tmp_path, l
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "most", "batch_size", "processes", "found"),
+    ("device", "asked", "row_tokens", "most", "batch_size", "processes", "found"),
     [
-        (CPU, False, 8, 8, 1, 2),
-        (CPU, False, 1, 8, 1, 1),  # learnt from an out of memory
-        (CPU, False, 7, 7, 1, 1),
-        (CPU, False, 4, 8, 2, 2),
-        (CPU, True, 8, 8, 1, 8),
-        (GPU, False, 8, 8, 1, 8),
+        (CPU, False, 600, 8, 8, 1, 1),
+        (CPU, False, 200.5, 8, 8, 1, 2),
+        (CPU, False, 90, 8, 8, 1, 4),  # three would not do: they do not divide the batch
+        (CPU, False, 10, 8, 8, 1, 8),
+        (CPU, False, 10, 2, 8, 1, 2),  # learnt from an out of memory
+        (CPU, False, 200, 4, 8, 2, 2),
+        (CPU, False, 200, 7, 7, 1, 7),
+        (CPU, True, 200, 8, 8, 1, 8),
+        (GPU, False, 200, 8, 8, 1, 8),
     ],
 )
-def test_as_many_rows_at_once_as_suit_the_device_unless_asked(device, asked, most, batch_size, processes, found):
+def test_as_many_rows_at_once_as_suit_the_device_unless_asked(
+    device, asked, row_tokens, most, batch_size, processes, found
+):
     options = Options(
         per_device=most,
         batch_size=batch_size,
@@ -69,4 +78,4 @@ def test_as_many_rows_at_once_as_suit_the_device_unless_asked(device, asked, mos
         processes=processes,
         may_be_fewer=not asked,
     )
-    assert options.rows_at_once(device) == found
+    assert options.rows_at_once(device, row_tokens) == found

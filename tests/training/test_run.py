@@ -80,6 +80,28 @@ def test_a_warm_worker_trains_the_same_bits_as_a_fresh_one_for_every_file(make_w
     assert warm.state() == cold.state()
 
 
+def test_steps_are_parted_as_suits_the_rows_of_each_file_and_cuts_change_no_bit(make_workshop):
+    files = {"short": 3, "long": 250, "middle": 20}  # words after the name: tokens are bytes here
+
+    def trained(name, cuts):
+        workshop = make_workshop(name, may_be_fewer=True)
+        for file, words in files.items():
+            rows = [{"text": f"Say {file}-{row:04d}. {'x ' * (words + row % 5)}"} for row in range(1, 38)]
+            job, facts = workshop.prepare(file, rows)
+            while workshop.train(job, facts, cut_before=cuts[0] if cuts else None) is None:
+                cuts.pop(0)
+        return workshop
+
+    unbroken, broken = trained("unbroken", []), trained("broken", [2, 6, 9])
+    for record in unbroken.newest.lineage.files:
+        assert record.done_steps == 4
+        assert unbroken.times_trained(record.base_step, record.target_step, 37) == {1: 37}
+    at_once = [message.rows_at_once for message in unbroken.said if isinstance(message, wire.Started)]
+    assert at_once == [12, 1, 6]
+    assert broken.received == unbroken.received
+    assert broken.state() == unbroken.state()
+
+
 def test_each_step_has_randomness_of_its_own(workshop, monkeypatch):
     from transformers import Trainer
 

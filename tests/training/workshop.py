@@ -46,6 +46,7 @@ class Workshop:
     base_model: str = "tiny"
     recipe: Recipe = RECIPE
     per_device: int = 12
+    may_be_fewer: bool = False
     save_steps: int = 4
     report_to: tuple[str, ...] = ()
     said: list[wire.Message] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Workshop:
             gradient_checkpointing=False,
             optim="adamw_torch",
             report_to=self.report_to,
+            may_be_fewer=self.may_be_fewer,
         )
         self.runner = Runner(self.home, options, wire.Channel(ours))
 
