@@ -23,6 +23,7 @@ from pathlib import Path
 
 from bench import results
 from bench.recipes import BATCH, RATE
+from bench.running import lines_of
 from bench.workload import make_base, numbered
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +31,14 @@ LIMIT_S = 3600
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 DAEMON, PLAIN, COLD = "the daemon", "one plain Trainer over all rows", "a cold process for each file"
 CALIBRATING_STEPS = 20
-# The parts of a file's time in the daemon: from the first event to the last.
-PARTS = {
-    "planned, to the worker's start on it": ("planned", "started"),
-    "trained and saved": ("started", "saved"),
-    "booked and put away, to the next plan": ("saved", "planned"),
-}
+# A file's time in the daemon, from plan to plan; settling, examining and preparing are done while another one trains.
+PARTS = (
+    "planned, to the worker's start on it",
+    "trained and evaluated",
+    "checkpoint: written, hashed, synced, published",
+    "booked and put away",
+    "to the next plan",
+)
 
 
 # -- what is trained
@@ -58,8 +61,8 @@ class Load:
 
     def through_the_daemon(self, home: Path) -> float:
         (home / "longrun.toml").write_text(
-            f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {self.steps}\n"
-            "[inbox]\nsettle_s = 1.0\n"
+            f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
+            f"save_steps = {self.steps}\n"
         )
         (home / "inbox").mkdir()
         for name in self.names:
@@ -112,25 +115,23 @@ def seconds_a_step(base: Path, folder: Path) -> float:
 
 
 def parts_of(home: Path) -> dict[str, list[float]]:
-    """How long each file took from one event to the next, in seconds; the first file warms up and is left out."""
-    lines = (home / "state" / "events.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    last_saved = {event["job"]: event for event in told if event["event"] == "saved"}
-    kept = [
-        event
-        for event in told
-        if event["event"] in ("planned", "started") or (event["event"] == "saved" and last_saved[event["job"]] is event)
-    ]
+    """Seconds of each part of each file; the first file, which warms up, and the last are left out."""
+    told = lines_of(home / "state" / "events.jsonl")
+    jobs = [event["job"] for event in told if event["event"] == "planned"]
+    when = {(event.get("job"), event["event"]): at(event) for event in told}  # the last one counts
+    saving = {event["job"]: event["seconds"] for event in told if event["event"] == "saved"}
     found: dict[str, list[float]] = {part: [] for part in PARTS}
-    for before, after in itertools.pairwise(kept):
-        for part, ends in PARTS.items():
-            if (before["event"], after["event"]) == ends and before["job"] != kept[0]["job"]:
-                found[part].append(seconds(before, after))
+    for job, after in itertools.pairwise(jobs[1:]):
+        planned, started, saved, trained = (when[job, event] for event in ("planned", "started", "saved", "trained"))
+        whole = when[after, "planned"] - trained
+        values = (started - planned, saved - started - saving[job], saving[job], trained - saved, whole)
+        for part, value in zip(PARTS, values, strict=True):
+            found[part].append(value)
     return found
 
 
-def seconds(before: dict[str, str], after: dict[str, str]) -> float:
-    return (datetime.fromisoformat(after["time"]) - datetime.fromisoformat(before["time"])).total_seconds()
+def at(event: dict[str, str]) -> float:
+    return datetime.fromisoformat(event["time"]).timestamp()
 
 
 def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], bound: float) -> str:

@@ -120,10 +120,13 @@ def llamafactory(file: Path, home: Path) -> None:
 
 
 def plain(file: Path, home: Path) -> None:
-    """One run over one file at a constant rate, with a checkpoint every so many steps, the last argument."""
+    """One run over one file at a constant rate, with a checkpoint every so many steps, the last argument.
+
+    The loss is on what the assistant says.
+    """
     settings = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "save_total_limit": 2}
     settings |= {"save_steps": int(sys.argv[4]), "logging_steps": 10}
-    trainer = _trainer(_last_model(home, file), file, home / file.stem, **settings)
+    trainer = _trainer(_last_model(home, file), file, home / file.stem, answers=True, **settings)
     trainer.train()
     trainer.save_model(str(home / file.stem / "model"))
 
