@@ -1,8 +1,7 @@
 """Checkpoints: how long training stands still for one, what that is made of, and the share of the time at the default.
 
-Training stands still from a step's end to the next one's begin. Measured at the model's forward pass, by bench/probe:
-the time from the last forward before a checkpoint to the first after it, less what that is between other steps. The
-parts are those of the same checkpoints, timed inside.
+Measured at the model's forward pass, by bench/probe: from the first forward of a step that a checkpoint follows to the
+first of the next step, less what that is for other steps. The parts are timed inside the same checkpoints.
 
 The share is that of one long file at the default interval: the worker measures what its last checkpoint took and
 waits 50 times as long before the next, at least a minute and at most half an hour, which bounds what a kill can cost.
@@ -20,14 +19,14 @@ from pathlib import Path
 
 from bench import results
 from bench.running import drain, lines_of
-from bench.throughput import make_files, make_model
+from bench.throughput import make_files, make_model, weights_of
 
 LAST_PART = "old ones removed"
 PARTS = ("written", "hashed", "synced", "published", LAST_PART)
-MODELS = {  # of so many million weights
-    6: {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
-    33: {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
-    124: {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 9},
+MODELS = {
+    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
+    "middle": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "large": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 9, "num_attention_heads": 16},
 }
 STEPS, SAVE_STEPS = 31, 3
 BOUND = 0.02
@@ -59,7 +58,7 @@ class Run:
 
     @property
     def parts(self) -> dict[str, list[float]]:
-        """Seconds of each part, of each checkpoint."""
+        """Seconds of each part, of each checkpoint but the last."""
         found: dict[str, list[float]] = {part: [] for part in PARTS}
         sums: collections.Counter[str] = collections.Counter()
         for part in self._parts:
@@ -69,21 +68,21 @@ class Run:
                 for name in PARTS:
                     found[name].append(sums[name])
                 sums.clear()
-        return found
+        return {part: seconds[:-1] for part, seconds in found.items()}
 
 
-def cost_row(millions: int, run: Run) -> list[str]:
+def cost_row(model: str, run: Run) -> list[str]:
     parts = [results.spread(values) for values in run.parts.values()]
-    return [f"{millions} M", f"{run.saved[0]['size_bytes'] / 1e6:,.0f} MB", results.spread(run.stalls), *parts]
+    return [model, f"{run.saved[0]['size_bytes'] / 1e6:,.0f} MB", results.spread(run.stalls), *parts]
 
 
-def share_row(millions: int, run: Run) -> list[str]:
+def share_row(model: str, run: Run) -> list[str]:
     share = sum(run.stalls) / run.total_s
     after_first = sum(run.stalls[1:]) / sum(gap for step, gap in run.gaps.items() if step > run.saved[0]["global_step"])
     steps = [0, *(event["global_step"] for event in run.saved)]
     most = max(after - before for before, after in itertools.pairwise(steps))
     return [
-        f"{millions} M",
+        model,
         f"{run.total_s:,.0f} s, {steps[-1]} steps",
         str(len(run.stalls)),
         f"{share:.2%}",
@@ -121,24 +120,23 @@ train meanwhile: the next plan begins from that checkpoint.
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoints", description=__doc__)
     parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
-    parser.add_argument(
-        "--models", type=int, nargs="+", default=list(MODELS), choices=list(MODELS), help="million weights"
-    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="their sizes")
     parser.add_argument("--minutes", type=float, default=10, help="of the file at the default interval")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
     costs, shares = [], []
     with tempfile.TemporaryDirectory(prefix="bench-checkpoints-", dir=args.folder) as work:
         folder = Path(work).resolve()
-        for millions in args.models:
-            base, (file, _) = folder / f"base-{millions}", make_files(folder / f"files-{millions}", [], STEPS)
-            make_model(base, file, MODELS[millions])
-            run = Run(folder / f"often-{millions}", base, file, f"[train]\nsave_steps = {SAVE_STEPS}\n")
-            costs.append(cost_row(millions, run))
+        for size in args.models:
+            base, (file, _) = folder / f"base-{size}", make_files(folder / f"files-{size}", [], STEPS)
+            make_model(base, file, MODELS[size])
+            model = f"{weights_of(base) / 1e6:.0f} million"
+            run = Run(folder / f"often-{size}", base, file, f"[train]\nsave_steps = {SAVE_STEPS}\n")
+            costs.append(cost_row(model, run))
             print(*costs[-1], sep=" | ", flush=True)
             steps = math.ceil(args.minutes * 60 / run.step_s)
-            long_file, _ = make_files(folder / f"long-{millions}", [], steps)
-            shares.append(share_row(millions, Run(folder / f"default-{millions}", base, long_file, "")))
+            long_file, _ = make_files(folder / f"long-{size}", [], steps)
+            shares.append(share_row(model, Run(folder / f"default-{size}", base, long_file, "")))
             print(*shares[-1], sep=" | ", flush=True)
         results.write_section("checkpoints", report(costs, shares, folder), args.results)
     print(f"written to {args.results}")

@@ -123,8 +123,8 @@ def parts_of(home: Path) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     for job, after in itertools.pairwise(jobs[1:]):
         planned, started, saved, trained = (when[job, event] for event in ("planned", "started", "saved", "trained"))
-        whole = when[after, "planned"] - trained
-        values = (started - planned, saved - started - saving[job], saving[job], trained - saved, whole)
+        to_next = when[after, "planned"] - trained
+        values = (started - planned, saved - started - saving[job], saving[job], trained - saved, to_next)
         for part, value in zip(PARTS, values, strict=True):
             found[part].append(value)
     return found

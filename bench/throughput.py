@@ -4,7 +4,8 @@ The same rows, the same model, the loss on what the assistant says. Counted and 
 bench/probe for all alike: tokens are those of the rows, without padding, from the first forward of step WARM_UP to
 the first of the last step. The start, the reading of rows and the saving are no part of it.
 
-Of the matrix rate: 6 operations a weight and token, against what multiplying two matrices reaches on this device.
+Of the matrix rate: 6 operations a weight and token, against what multiplying two matrices reaches on this device. It is
+the rate of useful work, the same for all: Longrun gets some of it by not doing what no loss needs.
 Between files: from the first forward of a file's last step to the first of the next file, so with that last step,
 the evaluation, the checkpoint and what publishing it takes.
 """
@@ -93,7 +94,8 @@ def play(way: Way, home: Path, base: Path, files: list[Path]) -> Found:
     if way.recipe:
         return Found(tokens / (end - begin))
     next_file = next(forward["time"] for forward in forwards if forward["global_step"] == last + 1)
-    saved = next(event for event in lines_of(home / "state" / "events.jsonl") if event["event"] == "saved")
+    events = lines_of(home / "state" / "events.jsonl")
+    saved = next(event for event in events if event["event"] == "saved" and event["global_step"] == last + 1)
     return Found(tokens / (end - begin), next_file - end, saved["seconds"])
 
 
@@ -124,12 +126,12 @@ def make_model(folder: Path, file: Path, sizes: dict[str, int]) -> None:
 
 
 def difference_of_losses(base: Path, file: Path) -> float:
-    """The greatest difference of a row's loss between Longrun's micro-batches and the row alone, as a share of it."""
+    """The greatest difference of a row's loss between the row alone and, as Longrun has it, with one of its length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from longrun.training import head
     from longrun.training.data import Collator
+    from longrun.training.loss import only_where_trained
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     samples = []
@@ -141,7 +143,8 @@ def difference_of_losses(base: Path, file: Path) -> float:
         samples.append({"input_ids": ids.numpy(), "labels": ids.where(marks == 1, -100).numpy(), "row": number})
     samples.sort(key=lambda sample: -len(sample["input_ids"]))
     collator = Collator(0)
-    collator.only_trained = head.can_be_spared(model)
+    collator.only_trained = only_where_trained(model)
+    assert collator.only_trained, "this model is known to take it"
     greatest = 0.0
     with torch.no_grad():
         for at in range(0, len(samples), 2):
@@ -211,9 +214,9 @@ def report(found: dict[Way, list[Found]], facts: dict[str, Any], folder: Path) -
 {facts["rows"]}: {facts["steps"]} steps of {BATCH} rows; a Llama of {facts["weights"] / 1e6:.1f} million weights,
 {VOCABULARY:,} tokens in its tokenizer. {len(ours)} rounds in turn, median (least–greatest).
 
-At least the stock Trainer's tokens a second: {results.spread(ratios[OURS])} times, {reached}. The loss of a row in
-Longrun's micro-batches and of the row alone differ by {facts["difference"]:.1e} of it at most ({TRIED_ROWS} rows).
-Between two files {between} s, of it the checkpoint {checkpoint} s.
+At least the stock Trainer's tokens a second: {results.spread(ratios[OURS])} times, {reached}. The loss of a row
+alone and, as Longrun has it, beside one of its length differ by {facts["difference"]:.1e} of it at most
+({TRIED_ROWS} rows). Between two files {between} s, of it the checkpoint {checkpoint} s.
 
 {results.table(("way", "tokens/s", "/ stock", "of the matrix rate"), rows)}
 """

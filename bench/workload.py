@@ -37,8 +37,9 @@ def make_base(folder: Path, **sizes: int) -> None:
     from longrun.training.tiny import make_model, make_tokenizer
 
     config = make_model().config
-    for name, value in sizes.items():
+    for name, value in {"head_dim": None, **sizes}.items():
         setattr(config, name, value)
+    config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     torch.manual_seed(1)
     LlamaForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -25,6 +25,8 @@ def rows_at_once(context: Context, batch_size: int) -> int:
 
 def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -> None:
     """Half as many rows at once as were tried, and one before the last attempt; remembered over restarts."""
+    if tried == 1:
+        return
     last = attempts + 1 >= context.settings.worker.max_attempts
     limit = 1 if last else max(1, tried // 2)
     rows = _even_share(batch_size, context.settings.worker.processes, limit)

@@ -11,7 +11,7 @@ from datasets import Dataset as Arrow
 from torch.utils.data import Dataset
 
 from longrun.home import ROWS
-from longrun.training.head import where_trained
+from longrun.training.loss import where_trained
 from longrun.training.masks import IGNORED
 
 if TYPE_CHECKING:

@@ -121,10 +121,10 @@ FAULTS = (
     ),
     Fault(
         "logits made one place off",
-        "longrun/training/head.py",
+        "longrun/training/loss.py",
         "(labels, (0, 1), value=IGNORED)[:, 1:]",
         "(labels, (0, 0), value=IGNORED)[:, 0:]",
-        "training/test_head.py::test_logits_are_made_only_where_a_row_trains_the_next_token",
+        "training/test_loss.py::test_logits_are_made_only_where_a_row_trains_the_next_token",
     ),
     Fault(
         "the Trainer skips rows as well",
