@@ -134,7 +134,7 @@ def at(event: dict[str, str]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], bound: float) -> str:
+def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
     ratios = {way: [found[way] / found[PLAIN] for found in rounds] for way in (DAEMON, COLD)}
     reached = "reached" if statistics.median(ratios[DAEMON]) <= bound else "**missed**"
     rows = [
@@ -146,8 +146,11 @@ def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[floa
         for way in (DAEMON, PLAIN, COLD)
     ]
     of_parts = [[part, results.spread(values, ".3f")] for part, values in parts.items() if values]
-    return f"""### {what}
+    return f"""## Daemon tax, {what}
 
+{results.machine(folder)}
+
+{(__doc__ or "").partition(chr(10) * 2)[2]}
 At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
 
 {results.table(("way", "wall, s", "time / plain"), rows)}
@@ -163,7 +166,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
-    sections = []
     with tempfile.TemporaryDirectory(prefix="bench-tax-", dir=args.folder) as work:
         folder = Path(work).resolve()
         make_base(folder / "base", **LARGER)
@@ -180,9 +182,8 @@ def main(argv: list[str]) -> None:
                 at = number % len(ways)
                 rounds.append(one_round(load, folder / "base", folder / f"{given}-{number}", ways[at:] + ways[:at]))
             parts = parts_of(folder / f"{given}-{args.rounds - 1}" / DAEMON.replace(" ", "-"))
-            sections.append(report(what, rounds, parts, 1.03 if file_s >= 30 else 1.15))
-        head = f"## Daemon tax\n\n{results.machine(folder)}\n\n{(__doc__ or '').partition(chr(10) * 2)[2]}"
-        results.write_section("daemon tax", f"{head}\n{chr(10).join(sections)}", args.results)
+            text = report(what, rounds, parts, folder, 1.03 if file_s >= 30 else 1.15)
+            results.write_section(f"daemon tax, {given}", text, args.results)
     print(f"written to {args.results}")
 
 
