@@ -34,8 +34,8 @@ import importlib.machinery
 import json
 import os
 import random
-import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -128,7 +128,9 @@ def kill_both() -> None:
 
 
 def remove_model() -> None:
-    shutil.rmtree(Path(os.environ["LONGRUN_PROBE"]).parent / "current_model", ignore_errors=True)
+    """By a process of its own: the daemon kills this one as soon as it sees that the model goes."""
+    model = Path(os.environ["LONGRUN_PROBE"]).parent / "current_model"
+    subprocess.run(["rm", "-rf", str(model)], start_new_session=True, check=False)
 
 
 def say_no_memory() -> None:
