@@ -58,7 +58,8 @@ def test_every_damage_is_found_and_restored_nowhere(campaign, hand, quick):
         assert tree(world.home, without=world.store.root) == before, path
         for name, backup in world.ids.items():
             if backup not in lost:
-                assert hand.do("restore", backup, home=world.home).code == 0, (path, name)
+                outcome = hand.do("restore", backup, home=world.home)
+                assert outcome.code == 0, (path, name, outcome.err)
                 assert world.state(world.model) == name, (path, name)
         heal(world, path)
 
