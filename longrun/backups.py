@@ -322,7 +322,7 @@ def _take_place(staged: Path, target: Path) -> Path | None:
         disk.rename(staged, target)
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    former = target.with_name(f"{target.name}.replaced-{stamp}-{os.urandom(2).hex()}")
+    former = target.with_name(f"{target.name}.replaced-{stamp}-{os.urandom(4).hex()}")
     try:
         disk.rename(staged, former)
         disk.swap(target, former)

@@ -229,7 +229,7 @@ def _is_empty(folder: Path) -> bool:
 def set_aside(home: Home, folder: Path) -> Path:
     """Move what cannot be trusted out of the model, keeping it for a person to look at."""
     disk.make_folder(home.set_aside)
-    target = home.set_aside / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}.{os.urandom(2).hex()}"
+    target = home.set_aside / f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}.{os.urandom(4).hex()}"
     disk.rename(folder, target)
     return target
 

@@ -363,7 +363,7 @@ def test_what_was_there_is_kept_beside(store: Store, model: Path, changed: Any) 
     another = state_of(model)
     former = restore(store, changed, model)
     assert former is not None
-    assert re.fullmatch(r"model\.replaced-\d{8}-\d{6}-[0-9a-f]{4}", former.name)
+    assert re.fullmatch(r"model\.replaced-\d{8}-\d{6}-[0-9a-f]{8}", former.name)
     assert state_of(former) == another
     assert content_of(model) == {"config.json": b"{}", "model.safetensors": safetensors(b"weights")}
     assert sorted(path.name for path in model.parent.iterdir()) == ["backups", "model", former.name]
