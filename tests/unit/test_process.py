@@ -1,11 +1,15 @@
-"""What a process asks of the kernel, seen from outside it."""
+"""What a process asks of kernel and interpreter."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+
+from longrun import process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -61,3 +65,18 @@ print(rss_kb() - before)
 """
     grown = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert int(grown.stdout) < 200  # kB; one table more is 500
+
+
+def test_giving_memory_back_begins_with_collecting_what_nobody_holds():
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.disable()
+    try:
+        gone = weakref.ref(Cycle())
+        assert gone() is not None
+        process.return_free_memory()
+        assert gone() is None
+    finally:
+        gc.enable()
