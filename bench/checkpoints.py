@@ -78,7 +78,7 @@ def cost_row(model: str, run: Run) -> list[str]:
 
 def share_row(model: str, run: Run) -> list[str]:
     share = sum(run.stalls) / run.total_s
-    after_first = sum(run.stalls[1:]) / sum(gap for step, gap in run.gaps.items() if step > run.saved[0]["global_step"])
+    later_s = sum(gap for step, gap in run.gaps.items() if step > run.saved[0]["global_step"])
     steps = [0, *(event["global_step"] for event in run.saved)]
     most = max(after - before for before, after in itertools.pairwise(steps))
     return [
@@ -86,7 +86,7 @@ def share_row(model: str, run: Run) -> list[str]:
         f"{run.total_s:,.0f} s, {steps[-1]} steps",
         str(len(run.stalls)),
         f"{share:.2%}",
-        f"{after_first:.2%}",
+        f"{sum(run.stalls[1:]) / later_s:.2%}" if run.stalls[1:] else "–",
         f"{most} steps, {most * run.step_s:.0f} s",
     ]
 

@@ -315,8 +315,9 @@ class Runs:
         how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
         self._context.say(
             "started",
-            f"{run.job.name}: training on {message.device}, model {how}",
+            f"{run.job.name}: training on {message.device}, {message.rows_at_once} rows at once, model {how}",
             job=run.job.number,
+            rows_at_once=message.rows_at_once,
             warm=message.warm,
             worker_pid=self.worker.pid,
         )

@@ -62,12 +62,6 @@ class PlannedRows(Dataset[Sample]):
         self._order = self._order[np.lexsort((-length, step))]
 
 
-def row_tokens(prepared: Path) -> float:
-    """Tokens of a row, on average."""
-    tokens = Arrow.from_file(str(prepared / ROWS)).data.column("input_ids")
-    return float(pc.mean(pc.list_value_length(tokens)).as_py())
-
-
 def filled_up(order: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:
     """The order with NO_ROW added to a multiple of the batch."""
     return np.pad(order, (0, -len(order) % batch_size), constant_values=NO_ROW)

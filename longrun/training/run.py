@@ -21,11 +21,13 @@ from transformers import PrinterCallback, TrainingArguments
 
 from longrun import checkpoint, disk, wire
 from longrun.errors import LongrunError
+from longrun.home import FACTS
 from longrun.journal import utc_now
 from longrun.lineage import Lineage
 from longrun.plan import Plan, Recipe
-from longrun.training import base_model, loss
-from longrun.training.data import Collator, PlannedRows, filled_up, row_tokens
+from longrun.training import base_model
+from longrun.training.data import Collator, PlannedRows, filled_up
+from longrun.training.loss import adds_up, only_where_trained
 from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
 from longrun.training.order import held_out_rows, training_order
 from longrun.training.trainer import InMemory, PlannedTrainer
@@ -118,7 +120,6 @@ class Runner:
         self._trainer: PlannedTrainer | None = None
         self._base = ""
         self._adds_up = False
-        self._save_s: float | None = None
         self._verifier = checkpoint.Verifier()
         self.device = base_model.find_device(options.dtype)
         self._args = _arguments(home, options, self.device)
@@ -138,7 +139,6 @@ class Runner:
         trainer.take_at_once(self._rows_at_once(Path(task.prepared)), self.world.size)
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
-            session.save_s = self._save_s
             trainer.conductor, trainer.resumes = session, digest
             shares = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * self.world.size
             assert shares == session.recipe.batch_size, "a step must train exactly the rows of its slice"
@@ -148,7 +148,6 @@ class Runner:
             is_warm = warm and trainer.in_memory.weights == digest
             session.on_begin = lambda: self._tell_started(session, time.monotonic() - started, warm=is_warm)
             trainer.train(resume_from_checkpoint=task.checkpoint)
-            self._save_s = session.save_s
             self.metrics.flush()
             return session.ended()
 
@@ -156,7 +155,8 @@ class Runner:
         options = self._options
         if not options.may_be_fewer or not self._adds_up or self.device.name != "cpu":
             return options.per_device
-        return options.rows_on_a_cpu(row_tokens(prepared))
+        facts = json.loads((prepared / FACTS).read_bytes())
+        return options.rows_on_a_cpu(facts["tokens"] / facts["trainable_rows"])
 
     def _tell_started(self, session: Session, seconds: float, *, warm: bool) -> None:
         """Said when model and optimizer stand ready: what fails before is no fault of the file."""
@@ -191,8 +191,8 @@ class Runner:
             processing_class=tokenizer,
         )
         with trainer.accelerator.autocast():
-            collator.only_trained = loss.only_where_trained(model)
-            self._adds_up = trainer.model_accepts_loss_kwargs and loss.adds_up(model)
+            collator.only_trained = only_where_trained(model)
+            self._adds_up = trainer.model_accepts_loss_kwargs and adds_up(model)
         trainer.remove_callback(PrinterCallback)
         trainer.in_memory = InMemory(weights=newest.digest if newest else "")
         # Imports and model are here for life: without this each train() spends 0.2 s collecting them.
@@ -258,9 +258,8 @@ class Session:
         self._before, self.progress = lineage.begun(self.plan, utc_now())
         self._order = training_order(self.plan)
         prepared = Path(task.prepared)
-        done = self.progress.done_steps * self.plan.recipe.batch_size
-        left = self._order[done:]
         batch_size = self.plan.recipe.batch_size
+        left = self._order[self.progress.done_steps * batch_size :]
         self.rows = PlannedRows(prepared, filled_up(left, batch_size) if world.size > 1 else left)
         if trainer.args.per_device_train_batch_size < batch_size:
             self.rows.sort_steps(batch_size)
@@ -276,7 +275,6 @@ class Session:
         self._logged_sum = self._losses.sum
         self._began = self._told = self._saved = time.monotonic()
         self._began_step = self.progress.global_step
-        self.save_s: float | None = None  # what the last checkpoint cost
         metrics.begin(lineage.lineage, self.progress.global_step)
 
     @property
@@ -374,7 +372,7 @@ class Session:
     def _is_time_to_save(self, step: int) -> bool:
         if self._task.save_steps:
             return step % self._task.save_steps == 0
-        wanted = (self.save_s or 0.0) / SAVE_SHARE
+        wanted = (self._trainer.save_s or 0.0) / SAVE_SHARE
         return time.monotonic() - self._saved > min(max(wanted, SAVE_AT_LEAST_S), SAVE_AT_MOST_S)
 
     def save(self, write: Callable[[], None]) -> None:
@@ -393,9 +391,9 @@ class Session:
             self._wait_for_room(at_least_once=True)  # what is free is not always ours: quotas
         self._trainer.in_memory = InMemory(digest, digest)
         self._saved = time.monotonic()
-        self.save_s = self._saved - started
+        self._trainer.save_s = took_s = self._saved - started
         size = disk.tree_bytes(checkpoint.folder_of(self._home.model, step)) if self._world.leads else 0
-        self._channel.send(wire.Saved(job=self.plan.job, global_step=step, seconds=self.save_s, size_bytes=size))
+        self._channel.send(wire.Saved(job=self.plan.job, global_step=step, seconds=took_s, size_bytes=size))
 
     def _save_once(self, write: Callable[[], None], lineage: Lineage) -> str | None:
         """The digest of the committed checkpoint; None when there turned out to be no room for it."""

@@ -53,6 +53,7 @@ class PlannedTrainer(Trainer):
 
     conductor: Conductor
     rate_used: float = 0.0  # the learning rate of the last step, as the optimizer had it
+    save_s: float | None = None  # what the last checkpoint took
     resumes: str = ""  # digest of the checkpoint that the next train() goes on from
 
     def __init__(self, **options: Any) -> None:

@@ -64,8 +64,8 @@ FAULTS = (
     Fault(
         "a resume counts the rows of one device",
         "longrun/training/run.py",
-        "done = self.progress.done_steps * self.plan.recipe.batch_size",
-        "done = self.progress.done_steps * trainer.args.train_batch_size",
+        "left = self._order[self.progress.done_steps * batch_size :]",
+        "left = self._order[self.progress.done_steps * trainer.args.train_batch_size :]",
         "training/test_run.py::test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit[accumulation 3-1]",
     ),
     Fault(

@@ -7,7 +7,7 @@ import pytest
 
 from longrun.home import ROWS
 from longrun.training import prepare
-from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up, row_tokens
+from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up
 from longrun.training.run import Options
 
 
@@ -31,10 +31,6 @@ def test_sorted_steps_train_the_same_rows_and_pad_less(tmp_path, lengths):
         for name, samples in zip(padded, slices, strict=True):
             padded[name] += sum(Collator(0)(samples[at : at + 4])["input_ids"].numel() for at in range(0, 16, 4))
     assert padded["sorted"] < 1.2 * lengths.sum() < 1.5 * lengths.sum() < padded["as planned"]
-
-
-def test_tokens_a_row_are_those_of_all_prepared_rows(tmp_path, lengths):
-    assert row_tokens(tmp_path) == pytest.approx(lengths.mean())
 
 
 def test_a_row_that_fills_up_trains_nothing_and_is_not_accounted_for(tmp_path, lengths):

@@ -67,7 +67,7 @@ print(rss_kb() - before)
     assert int(grown.stdout) < 200  # kB; one table more is 500
 
 
-def test_giving_memory_back_begins_with_collecting_what_nobody_holds():
+def test_giving_memory_back_begins_with_collecting_what_nobody_holds() -> None:
     class Cycle:
         def __init__(self) -> None:
             self.itself = self
