@@ -10,24 +10,19 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from datetime import datetime
 from pathlib import Path
 
 from bench import results
 from bench.recipes import BATCH, RATE
-from bench.running import lines_of
+from bench.running import drain, lines_of, run
 from bench.workload import make_base, numbered
 
-ROOT = Path(__file__).parent.parent
-LIMIT_S = 3600
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 DAEMON, PLAIN, COLD = "the daemon", "one plain Trainer over all rows", "a cold process for each file"
 CALIBRATING_STEPS = 20
@@ -60,35 +55,19 @@ class Load:
         (folder / "all.jsonl").write_text("".join(contents))
 
     def through_the_daemon(self, home: Path) -> float:
-        (home / "longrun.toml").write_text(
-            f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
-            f"save_steps = {self.steps}\n"
-        )
-        (home / "inbox").mkdir()
-        for name in self.names:
-            shutil.copy(self.folder / f"{name}.jsonl", home / "inbox")
-        base = ["--base-model", str(home / "base")]
-        return timed([str(ROOT / "daemon.py"), "run", "--drain", "--home", str(home), *base], home)
+        files = [self.folder / f"{name}.jsonl" for name in self.names]
+        settings = f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
+        return drain(home, home / "base", files, f"{settings}save_steps = {self.steps}\n")
 
     def plain(self, home: Path) -> float:
-        return timed(self._recipe("plain", self.folder / "all.jsonl", home), home)
+        return run(self._recipe("plain", self.folder / "all.jsonl", home), home)
 
     def cold(self, home: Path) -> float:
         files = [self.folder / f"{name}.jsonl" for name in self.names]
-        return sum(timed(self._recipe("plain", file, home), home) for file in files)
+        return sum(run(self._recipe("plain", file, home), home) for file in files)
 
     def _recipe(self, name: str, file: Path, home: Path) -> list[str]:
-        return ["-m", "bench.recipes", name, str(file), str(home), str(self.steps)]
-
-
-def timed(arguments: list[str], home: Path) -> float:
-    """Wall seconds of a Python program; what it said is in said.log."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with (home / "said.log").open("a") as log:
-        began = time.monotonic()
-        command = [sys.executable, *arguments]
-        subprocess.run(command, cwd=home, env=environment, stdout=log, stderr=log, timeout=LIMIT_S, check=True)
-        return time.monotonic() - began
+        return [sys.executable, "-m", "bench.recipes", name, str(file), str(home), str(self.steps)]
 
 
 def one_round(load: Load, base: Path, folder: Path, order: list[str]) -> dict[str, float]:

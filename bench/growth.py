@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bench import results
-from bench.running import ROOT, Daemon, Used
+from bench.running import ROOT, Daemon, Used, lines_of
 from bench.workload import make_base, numbered
 from longrun import checkpoint
 from longrun.home import Home
@@ -101,9 +101,8 @@ def train_all(daemon: Daemon, files: int, dice: random.Random) -> list[dict[str,
 
 
 def ends_of_files(home: Path) -> list[float]:
-    lines = (home / "state" / "events.jsonl").read_text().splitlines()
-    events = [event for event in map(json.loads, lines) if event["event"] == "trained"]
-    return [datetime.fromisoformat(event["time"]).timestamp() for event in events]
+    events = lines_of(home / "state" / "events.jsonl")
+    return [datetime.fromisoformat(event["time"]).timestamp() for event in events if event["event"] == "trained"]
 
 
 def wait_in_queue(daemon: Daemon, count: int) -> float:

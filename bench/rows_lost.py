@@ -25,12 +25,13 @@ from typing import Any
 
 from bench import results
 from bench.recipes import BATCH, RATE, SAVE_STEPS
+from bench.running import ROOT, draining, fill
 from bench.workload import make_base, marked, numbered
 
-ROOT = Path(__file__).parent.parent
 UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
 WORDS = ["sum", "apple", "river", "seven", "green", "train", "paper", "cloud", "maple", "stone"]
 LIMIT_S = 3600
+SETTINGS = f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {SAVE_STEPS}\nlogging_steps = 1\n"
 APART = "a folder with virtual environments `axolotl` and `llamafactory`, in which these are installed"
 
 
@@ -50,8 +51,7 @@ class Recipe:
     def commands(self, home: Path, files: Path, rows: dict[str, int], python: Path) -> list[list[str]]:
         """What to type, one after another: once for all files, or for each."""
         if self.is_ours:
-            base = ["--base-model", str(home / "base")]
-            return [[str(python), str(ROOT / "daemon.py"), "run", "--drain", "--home", str(home), *base]]
+            return [draining(home, home / "base", python)]
         recipe = [str(python), "-m", "bench.recipes", self.program]
         return [[*recipe, str(files / f"{name}.jsonl"), str(home)] for name in rows]
 
@@ -124,7 +124,7 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
         "OMP_NUM_THREADS": str(os.cpu_count()),
     }
     if recipe.is_ours:
-        fill_inbox(home, files, rows)
+        fill(home, [files / f"{name}.jsonl" for name in rows], SETTINGS)
     outcome = Outcome(0.0, "the third file trains nothing")
     for name, command in zip(rows, recipe.commands(home, files, rows, python), strict=False):
         run = name if recipe.run_each_file else "all"
@@ -136,18 +136,6 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
         lineage = json.loads((home / "current_model" / "lineage.json").read_text())
         outcome.held_out = sum(record["held_out_rows"] for record in lineage["files"])
     return outcome
-
-
-def fill_inbox(home: Path, files: Path, rows: dict[str, int]) -> None:
-    (home / "longrun.toml").write_text(
-        f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {SAVE_STEPS}\nlogging_steps = 1\n"
-    )
-    (home / "inbox").mkdir()
-    now = time.time()
-    for at, name in enumerate(rows):
-        target = home / "inbox" / f"{name}.jsonl"
-        shutil.copy(files / f"{name}.jsonl", target)
-        os.utime(target, (now - 100 + at, now - 100 + at))
 
 
 def work(command: list[str], home: Path, environment: dict[str, str], outcome: Outcome) -> None:

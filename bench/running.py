@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent
-LIMIT_S = 1800.0
+LIMIT_S = 3600.0
 LOOK_S = 0.02
 TOLD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \S+ +(.*)$", re.MULTILINE)
 
@@ -94,40 +94,35 @@ class Daemon:
         }
 
 
-def drain(home: Path, base: Path, files: list[Path], settings: str, **environment: str) -> None:
-    """Train the files, in this order, by `daemon.py run --drain` in a new home; what it said is in said.log."""
+def fill(home: Path, files: list[Path], settings: str) -> None:
+    """Settings, and files in the inbox that arrived in this order."""
     (home / "inbox").mkdir(parents=True)
     (home / "longrun.toml").write_text(settings)
     now = time.time()
     for at, file in enumerate(files):
         shutil.copy(file, home / "inbox")
         os.utime(home / "inbox" / file.name, (now - 100 + at,) * 2)
-    command = [
-        sys.executable,
-        str(ROOT / "daemon.py"),
-        "run",
-        "--drain",
-        "--home",
-        str(home),
-        "--base-model",
-        str(base),
-    ]
-    run(command, home, **environment)
 
 
-def run(command: list[str], home: Path, **environment: str) -> None:
-    """A command with the probe on its path and no way to the hub."""
+def draining(home: Path, base: Path, python: Path | str = sys.executable) -> list[str]:
+    """What to type to train what is in the inbox, and leave."""
+    return [str(python), str(ROOT / "daemon.py"), "run", "--drain", "--home", str(home), "--base-model", str(base)]
+
+
+def drain(home: Path, base: Path, files: list[Path], settings: str, **environment: str) -> float:
+    """Train the files, in this order, through a daemon in a new home; wall seconds."""
+    fill(home, files, settings)
+    return run(draining(home, base), home, **environment)
+
+
+def run(command: list[str], home: Path, **environment: str) -> float:
+    """Wall seconds of a command with the probe on its path and no way to the hub; what it said is in said.log."""
     places = {"PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
-    with (home / "said.log").open("w") as log:
-        subprocess.run(
-            command,
-            cwd=home,
-            env=os.environ | places | environment,
-            stdout=log,
-            stderr=log,
-            timeout=LIMIT_S,
-            check=True,
-        )
+    whole = os.environ | places | environment
+    with (home / "said.log").open("a") as log:
+        began = time.monotonic()
+        subprocess.run(command, cwd=home, env=whole, stdout=log, stderr=log, timeout=LIMIT_S, check=True)
+        return time.monotonic() - began
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
