@@ -1,7 +1,8 @@
 """Idle: what the daemon and its children use while nothing is to be done, and how long each command takes to begin.
 
 Used are CPU time and resident memory as Linux counts them. Waiting is a daemon that has not trained yet; warm is one
-that has trained a file and keeps the model in its worker's memory (`worker.idle_release_minutes`).
+that has trained a file and keeps the model in its worker's memory (`worker.idle_release_minutes`). Both are measured at
+the same time.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ COMMANDS = {
 }
 
 
-def used_idle(daemon: Daemon, state: str, minutes: float) -> list[list[str]]:
-    """A row for each process: share of a core over these minutes, and memory at their end."""
+def used_idle(daemons: dict[str, Daemon], minutes: float) -> list[list[str]]:
+    """A row for each process of each daemon: share of a core over these minutes, and memory at their end."""
     time.sleep(QUIET_S)
-    pids = {"daemon": daemon.process.pid}
-    pids |= {role: daemon.status[f"{role}_pid"] for role in ("worker", "preparer") if daemon.status[f"{role}_pid"]}
-    before = {role: Used.by(pid) for role, pid in pids.items()}
+    pids = {(state, role): pid for state, daemon in daemons.items() for role, pid in processes_of(daemon).items()}
+    before = {process: Used.by(pid) for process, pid in pids.items()}
     time.sleep(60 * minutes)
-    after = {role: Used.by(pid) for role, pid in pids.items()}
-    share = {role: (after[role].cpu_s - before[role].cpu_s) / (60 * minutes) for role in pids}
-    return [[state, role, f"{100 * share[role]:.3f}", f"{after[role].rss_mb:.0f}"] for role in pids]
+    after = {process: Used.by(pid) for process, pid in pids.items()}
+    share = {process: (after[process].cpu_s - before[process].cpu_s) / (60 * minutes) for process in pids}
+    return [[*process, f"{100 * share[process]:.3f}", f"{after[process].rss_mb:.0f}"] for process in pids]
+
+
+def processes_of(daemon: Daemon) -> dict[str, int]:
+    told = {role: daemon.status[f"{role}_pid"] for role in ("worker", "preparer")}
+    return {"daemon": daemon.process.pid} | {role: pid for role, pid in told.items() if pid}
 
 
 def how_long(command: list[str], home: Path) -> float:
@@ -90,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-idle-", dir=args.folder) as work:
         folder = Path(work).resolve()
         make_base(folder / "base")
-        home = folder / "home"
-        with Daemon(home, "", "--base-model", str(folder / "base")) as daemon:
-            idle = used_idle(daemon, "waiting", args.minutes)
-            daemon.drop("a", numbered("a", 100, random.Random(1)))
-            daemon.wait_told("a.jsonl is trained")
-            idle += used_idle(daemon, "warm", args.minutes)
+        home = folder / "warm"
+        base = ("--base-model", str(folder / "base"))
+        with Daemon(folder / "waiting", "", *base) as waiting, Daemon(home, "", *base) as warm:
+            warm.drop("a", numbered("a", 100, random.Random(1)))
+            warm.wait_told("a.jsonl is trained")
+            idle = used_idle({"waiting": waiting, "warm": warm}, args.minutes)
             (home / "trained" / "a.jsonl").rename(home / "a.jsonl")
             how_long([sys.executable, str(ROOT / "backup_manager.py"), "backup", "current_model/"], home)
             commands = commands_take(home, args.rounds)
