@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
 CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
-# What a look at a file does, ours too; a bell that rang for it would ring itself.
-LOOKS = ("opened", "closed_no_write")
 
 Signature = tuple[int, int, int, int, int]
 
@@ -308,20 +306,28 @@ class Bell:
             self._start((there.st_dev, there.st_ino))
 
     def _start(self, folder: tuple[int, int]) -> None:
-        from watchdog.events import FileSystemEvent, FileSystemEventHandler
+        from watchdog import events
         from watchdog.observers import Observer
 
         ring = self._ring
 
-        class Ring(FileSystemEventHandler):
+        class Ring(events.FileSystemEventHandler):
             # Not on_any_event: for it the name of a method is made at each event, and Python keeps 4,096 such words.
-            def dispatch(self, event: FileSystemEvent) -> None:
-                if event.event_type not in LOOKS:
-                    ring()
+            def dispatch(self, event: events.FileSystemEvent) -> None:  # noqa: ARG002
+                ring()
 
+        # What only looks, as our own scan does, is not asked for: it would wake two threads at each.
+        changes: list[type[events.FileSystemEvent]] = [
+            events.FileCreatedEvent,
+            events.FileModifiedEvent,
+            events.FileMovedEvent,
+            events.FileClosedEvent,
+            events.FileDeletedEvent,
+            events.DirDeletedEvent,
+        ]
         observer = Observer()
         try:
-            observer.schedule(Ring(), str(self._home.inbox), recursive=False)
+            observer.schedule(Ring(), str(self._home.inbox), recursive=False, event_filter=changes)
             observer.start()
         except FileNotFoundError:
             return  # removed just now

@@ -11,7 +11,7 @@ import sqlite3
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from longrun.errors import BadConfig, LongrunError
 from longrun.job import Job, JobState, check_move
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CACHE_KIB = 64  # of its pages, which hundreds of files fill; what it reads again is in the system's cache
+ANSWERS_KEPT = 32  # an idle daemon asks for a dozen things each round
 
 _COLUMNS = "number, name, state, arrived_at, sha256, rows, format, on_bad_row, attempts, reason, record"
 _MARKS = "?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
@@ -30,6 +31,7 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection, columns: str = _COLUMNS) -> None:
         self._db = connection
         self._columns = columns
+        self._answers: dict[tuple[object, ...], list[Any]] = {}  # by query and values, as long as nothing is written
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -92,7 +94,7 @@ class Ledger:
         return self._number("select coalesce(max(number), 0) from job")
 
     def fact(self, name: str) -> str | None:
-        row = self._db.execute("select value from fact where name = ?", (name,)).fetchone()
+        row = next(iter(self._answer("select value from fact where name = ?", name)), None)
         return row[0] if row else None
 
     # -- writing
@@ -139,13 +141,25 @@ class Ledger:
         except BaseException:
             self._db.rollback()  # does nothing where SQLite has rolled back itself, as it may on a full disk
             raise
+        finally:
+            self._answers.clear()
 
     def _jobs(self, where: str, *values: object) -> list[Job]:
-        with closing(self._db.execute(f"select {self._columns} from job {where}", values)) as cursor:  # noqa: S608
-            return [_from_row(row) for row in cursor]
+        return [_from_row(row) for row in self._answer(f"select {self._columns} from job {where}", *values)]  # noqa: S608
 
     def _number(self, query: str, *values: object) -> int:
-        return int(self._db.execute(query, values).fetchone()[0])
+        return int(self._answer(query, *values)[0][0])
+
+    def _answer(self, query: str, *values: object) -> list[Any]:
+        """The rows of a query. The daemon alone writes, so what it was told last holds until it does."""
+        asked = (query, *values)
+        if asked not in self._answers:
+            with closing(self._db.execute(query, values)) as cursor:
+                rows = cursor.fetchall()
+            if len(self._answers) == ANSWERS_KEPT:
+                self._answers.clear()
+            self._answers[asked] = rows
+        return self._answers[asked]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

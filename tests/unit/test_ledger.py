@@ -9,7 +9,7 @@ import pytest
 
 from longrun.errors import BadConfig, ExitCode, LongrunError
 from longrun.job import JobState
-from longrun.ledger import Ledger
+from longrun.ledger import ANSWERS_KEPT, Ledger
 from tests.unit.builders import job
 
 if TYPE_CHECKING:
@@ -51,6 +51,35 @@ def test_jobs_are_in_order_of_arrival(ledger: Ledger) -> None:
 
 def test_an_empty_ledger_knows_nothing(ledger: Ledger) -> None:
     assert (ledger.get(1), ledger.in_state(CLAIMED), ledger.count(CLAIMED), ledger.highest_number()) == (None, [], 0, 0)
+
+
+def test_the_database_is_asked_once_until_something_is_written(ledger: Ledger) -> None:
+    ledger.claim([job(1), job(2)])
+    asked: list[str] = []
+    ledger._db.set_trace_callback(asked.append)
+
+    def questions() -> list[object]:
+        return [ledger.get(1), ledger.in_state(CLAIMED, limit=5), ledger.count(CLAIMED), ledger.fact("x")]
+
+    assert questions() == questions() == [job(1), [job(1), job(2)], 2, None]
+    assert len(asked) == 4
+    ledger.move(job(1), QUEUED)
+    ledger.set_fact("x", "y")
+    assert questions() == [job(1, QUEUED), [job(2)], 1, "y"]
+
+
+def test_what_was_undone_is_not_remembered(ledger: Ledger) -> None:
+    with pytest.raises(OSError, match="no room"), ledger._transaction():
+        ledger._db.execute("insert into fact values ('x', 'y')")
+        assert ledger.fact("x") == "y"
+        raise OSError("no room")
+    assert ledger.fact("x") is None
+
+
+def test_answers_do_not_pile_up(ledger: Ledger) -> None:
+    ledger.claim([job(number) for number in range(1, 1001)])
+    assert [ledger.get(number) for number in range(1, 1001)] == [job(number) for number in range(1, 1001)]
+    assert len(ledger._answers) <= ANSWERS_KEPT
 
 
 def test_a_job_is_claimed_once(ledger: Ledger) -> None:
