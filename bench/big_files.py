@@ -98,6 +98,7 @@ def prepare(file: Path, folder: Path) -> Iterator[None]:
     )
     (folder / "job").mkdir(exist_ok=True)
     assert encoder.mask_source  # TRL's templates are loaded for it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the preparer
     yield
     prepare_file(task, encoder, lambda _: None)
 

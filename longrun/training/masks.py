@@ -105,7 +105,13 @@ class Encoder:
         # A tokenizer that knows of no limit of its model says so by a number beyond any length.
         self.max_length = min(max_length, tokenizer.model_max_length)
         self._start = _tokens_put_before(tokenizer)
+        self._backend = _backend_of(tokenizer)
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    @property
+    def takes_threads(self) -> bool:
+        """Whether `tokenise` may be called by several threads at once."""
+        return self._backend is not None
 
     def encode(self, row: Row) -> Encoded:
         """Tokens and labels of a row, cut at `max_length`; BadFile where they cannot be told exactly."""
@@ -126,7 +132,7 @@ class Encoder:
                 return Draft((row.text,), self._text)
 
     def tokenise(self, drafts: Sequence[Draft]) -> list[Encoded]:
-        """The other half: one call of the tokenizer, which uses all cores and lets other threads go on meanwhile."""
+        """The other half: one call of the tokenizer, during most of which other threads of Python go on."""
         tokens = iter(self._tokens([text for draft in drafts for text in draft.texts]))
         assembled = [draft.assemble(*islice(tokens, len(draft.texts))) for draft in drafts]
         cut = self.max_length
@@ -164,6 +170,8 @@ class Encoder:
         return ids, ids
 
     def _tokens(self, texts: list[str]) -> list[Tokens]:
+        if self._backend is not None:
+            return [Tokens(found.ids, found) for found in self._backend.encode_batch(texts, add_special_tokens=False)]
         found = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
@@ -339,6 +347,20 @@ def _is_assistant(message: dict[str, Any]) -> bool:
 def _without_nulls(messages: Messages) -> Messages:
     """Templates take a missing key better than None, which some of them write out as a word."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizers.Tokenizer behind it, where that is all that a call goes through; else None.
+
+    It takes calls from several threads at once. A call of what is around it does not: that may set padding and
+    truncation anew each time, and ends in "Already borrowed" (huggingface/transformers issue 47085).
+    """
+    if not tokenizer.is_fast:
+        return None
+    texts = [" two\n words", "".join(tokenizer.all_special_tokens), "\N{EURO SIGN}1"]
+    called = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # leaves it without padding
+    backend = tokenizer.backend_tokenizer
+    return backend if [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)] == called else None
 
 
 def _tokens_put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,7 @@ folder is complete or absent, and its facts say which bytes and which settings t
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ROWS_A_BATCH = 512
+ROWS_A_BATCH = 256
 CHARACTERS_A_BATCH = 1 << 20  # one row more, at most, so that long rows do not become memory
+ROWS_WRITTEN_AT_ONCE = 512
+MOST_THREADS = 4  # a third of the work is Python's, which does one thing at a time
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -121,11 +124,13 @@ def _encoded(
 ) -> Iterator[tuple[list[int], list[int], int]]:
     """Input ids, labels and number of each row that is trained.
 
-    While one batch is tokenised, which takes no Python, the next is read and written out.
+    Batches are tokenised side by side, which takes little Python, while others are read and written out.
     """
+    threads = min(os.cpu_count() or 1, MOST_THREADS) if encoder.takes_threads else 1
     told = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        for encoded in _one_behind(pool.submit(_tokenise, encoder, batch) for batch in _batches(reader, encoder)):
+    with ThreadPoolExecutor(threads) as pool:
+        asked = (pool.submit(_tokenise, encoder, batch) for batch in _batches(reader, encoder))
+        for encoded in _asked_ahead(asked, threads):
             for number, row in encoded:
                 if tally.count(number, row):
                     yield row.input_ids, row.labels, number
@@ -162,15 +167,15 @@ def _tokenise(encoder: Encoder, batch: list[tuple[int, Draft]]) -> list[tuple[in
     return list(zip(numbers, encoder.tokenise(drafts), strict=True))
 
 
-def _one_behind(results: Iterable[Future[T]]) -> Iterator[T]:
-    """Each result when the next has been asked for."""
-    former: Future[T] | None = None
+def _asked_ahead(results: Iterable[Future[T]], many: int) -> Iterator[T]:
+    """Each result in its turn, when so many more have been asked for."""
+    waiting: deque[Future[T]] = deque()
     for result in results:
-        if former:
-            yield former.result()
-        former = result
-    if former:
-        yield former.result()
+        waiting.append(result)
+        if len(waiting) > many:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _write(path: Path, rows: Iterator[tuple[list[int], list[int], int]]) -> None:
@@ -178,7 +183,7 @@ def _write(path: Path, rows: Iterator[tuple[list[int], list[int], int]]) -> None
         batch: list[tuple[list[int], list[int], int]] = []
         for row in rows:
             batch.append(row)
-            if len(batch) == ROWS_A_BATCH:
+            if len(batch) == ROWS_WRITTEN_AT_ONCE:
                 stream.write_batch(_to_batch(batch))
                 batch.clear()
         if batch:

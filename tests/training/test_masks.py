@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -448,6 +449,38 @@ def test_a_long_row_is_no_warning_of_the_tokenizer(caplog: pytest.LogCaptureFixt
         encode(tokenizer, ChatRow(messages=TWO_TURNS * 5))
         encode(tokenizer, TextRow(text="many bytes" * 30))
     assert caplog.messages == []
+
+
+# One tokenizer, many threads
+
+
+def test_what_a_tokenizer_file_says_of_padding_and_length_touches_no_row() -> None:
+    tokenizer = tiny_tokenizer("qwen3")
+    alone = encode(tokenizer, TextRow(text="many bytes"))
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    assert encode(tokenizer, TextRow(text="many bytes")) == alone
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_called_itself() -> None:
+    class Shouting(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, **options: Any) -> Any:
+            return super().__call__(
+                [one.upper() for one in text] if isinstance(text, list) else text.upper(), **options
+            )
+
+    tokenizer = tiny_tokenizer("qwen3")
+    tokenizer.__class__ = Shouting
+    assert not Encoder(tokenizer, max_length=100).takes_threads
+    assert tokenizer.decode(encode(tokenizer, TextRow(text="abc")).input_ids).startswith("ABC")
+
+
+def test_rows_encoded_by_several_threads_are_those_encoded_by_one() -> None:
+    encoder = Encoder(tiny_tokenizer("qwen3"), max_length=4096)
+    assert encoder.takes_threads
+    rows = [ChatRow(messages=TWO_TURNS * (1 + number % 7)) for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(encoder.encode, rows)) == [encoder.encode(row) for row in rows]
 
 
 # The helpers other tests start from
