@@ -6,6 +6,11 @@ most trainers do: the datasets library reads the file, and its map renders the c
 tokenises, batched, in a process for each core. Prepare is what Longrun's preparer does once a file is examined: read
 strictly, render, tokenise, mask, and write the tokens. Training begins when that is done: the plan counts the rows in
 which a token is left to train, and its order draws from all of them.
+
+What limits examining: rows here have 1 kB, of which the parser takes 3 µs (looking for keys that are there twice
+included). Hashing, the check of UTF-8 and depth, and the dozen calls of Python that tell a row's format and look at
+each message take as much again and more, whatever the row's length: longer rows are examined faster. It is a
+thirtieth of what tokenising takes.
 """
 
 from __future__ import annotations
