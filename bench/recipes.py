@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.running import lines_of
+
 BATCH, RATE, SAVE_STEPS = 8, 2e-5, 2
 STEPS = {"save_steps": SAVE_STEPS, "logging_steps": 1, "learning_rate": RATE, "report_to": "none"}
 
@@ -171,7 +173,7 @@ def _trainer(model: Path, file: Path, out: Path, *, answers: bool = False, **arg
     )
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    rows = [row["messages"] for row in lines_of(file)]
     encoded = [
         tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=answers)
         for messages in rows
@@ -220,7 +222,7 @@ def _global_step(out: Path) -> int:
 
 
 def _rows(file: Path) -> int:
-    return len(file.read_text().splitlines())
+    return len(lines_of(file))
 
 
 def _last_model(home: Path, file: Path) -> Path:

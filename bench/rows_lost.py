@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import results
 from bench.recipes import BATCH, RATE, SAVE_STEPS
-from bench.running import ROOT, draining, fill
+from bench.running import ROOT, draining, fill, lines_of
 from bench.workload import make_base, marked, numbered
 
 UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
@@ -92,10 +92,7 @@ def make_files(folder: Path, data: list[Path]) -> dict[str, int]:
     dice = random.Random(1)
     if data:
         contents = {
-            f"part{at}": [
-                marked(f"part{at}", number, json.loads(line)["messages"])
-                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines())
-            ]
+            f"part{at}": [marked(f"part{at}", number, row["messages"]) for number, row in enumerate(lines_of(path))]
             for at, path in enumerate(data, start=1)
         }
     else:
@@ -144,9 +141,9 @@ def work(command: list[str], home: Path, environment: dict[str, str], outcome: O
     was_killed = mark.exists()
     code, tail = typed(command, home, environment, outcome)
     if mark.exists() and not was_killed:
-        lines = len((home / "forwards.jsonl").read_text().splitlines())
+        before = len(lines_of(home / "forwards.jsonl"))
         code, tail = typed(command, home, environment, outcome)
-        again = [json.loads(line) for line in (home / "forwards.jsonl").read_text().splitlines()[lines:]]
+        again = lines_of(home / "forwards.jsonl")[before:]
         outcome.after_kill = f"on from step {again[0]['global_step']}" if again else "trains nothing"
     if code:
         outcome.failed = tail or f"exit {code}"
@@ -168,8 +165,7 @@ def count(probe: Path, rows: dict[str, int], outcome: Outcome) -> None:
     """What is in the model in the end: a process that begins at a step undoes that step and all later ones."""
     lived: list[dict[str, Any]] = []
     process = None
-    for line in probe.read_text().splitlines() if probe.exists() else []:
-        forward = json.loads(line)
+    for forward in lines_of(probe) if probe.exists() else []:
         if forward["pid"] != process:
             process, run, begin = forward["pid"], forward["run"], forward["global_step"]
             lived = [one for one in lived if one["run"] != run or one["global_step"] < begin]

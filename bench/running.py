@@ -126,8 +126,9 @@ def run(command: list[str], home: Path, **environment: str) -> float:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """Of a file with one JSON object a line."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """Of a file with one JSON object a line. Not str.splitlines: that ends lines at U+2028 too, within a string."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def make_files(folder: Path, data: Sequence[Path], steps: int) -> list[Path]:
 
 
 def make_model(folder: Path, file: Path, sizes: dict[str, int]) -> None:
-    messages = (json.loads(line)["messages"] for line in file.read_text().splitlines())
+    messages = (row["messages"] for row in lines_of(file))
     texts = (message["content"] for chat in messages for message in chat)
     make_base(folder, **{"vocab_size": VOCABULARY} | sizes)
     make_tokenizer_of(folder, texts, VOCABULARY)
@@ -135,10 +135,8 @@ def difference_of_losses(base: Path, file: Path) -> float:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     samples = []
-    for number, line in enumerate(file.read_text().splitlines()[:TRIED_ROWS]):
-        row = tokenizer.apply_chat_template(
-            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
-        )
+    for number, given in enumerate(lines_of(file)[:TRIED_ROWS]):
+        row = tokenizer.apply_chat_template(given["messages"], return_dict=True, return_assistant_tokens_mask=True)
         ids, marks = torch.tensor(row["input_ids"]), torch.tensor(row["assistant_masks"])
         samples.append({"input_ids": ids.numpy(), "labels": ids.where(marks == 1, -100).numpy(), "row": number})
     samples.sort(key=lambda sample: -len(sample["input_ids"]))
