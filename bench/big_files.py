@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,7 @@ ROOT = Path(__file__).parent.parent
 BATCH = 512
 LEARNING = "learning"
 WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+PIECE_MB = 500
 LEARNED_MB = 5  # of such text the tokenizer is learned from
 MAX_LENGTH = 4096
 EXAMINE_BOUND_MB_S, PREPARE_BOUND = 200.0, 1.1
@@ -187,8 +190,7 @@ def measured(work: str, file: Path, folder: Path) -> Spent:
 
 def rounds_of(megabytes: int, rounds: int, works: list[str], folder: Path) -> list[dict[str, Spent]]:
     file = folder / f"{megabytes}.jsonl"
-    with file.open("w") as lines:
-        lines.writelines(chats(megabytes))
+    write(file, megabytes)
     digest = subprocess.run(["sha256sum", str(file)], capture_output=True, text=True, check=True).stdout
     file.with_suffix(".sha256").write_text(digest.split()[0])
     found = []
@@ -199,6 +201,19 @@ def rounds_of(megabytes: int, rounds: int, works: list[str], folder: Path) -> li
         print(f"{megabytes} MB, round {number + 1} of {rounds}: {told}", flush=True)
     file.unlink()
     return found
+
+
+def write(file: Path, megabytes: int) -> None:
+    """So many megabytes of chats; PIECE_MB take a minute to make, so a larger file has the same ones several times."""
+    pieces = math.ceil(megabytes / PIECE_MB)
+    piece = file.with_suffix(".piece")
+    with piece.open("w") as lines:
+        lines.writelines(chats(megabytes // pieces))
+    with file.open("wb") as whole:
+        for _ in range(pieces):
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+    piece.unlink()
 
 
 # -- the report
