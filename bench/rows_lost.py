@@ -186,7 +186,7 @@ def report(outcomes: dict[str, list[Outcome]], absent: list[str], rows: dict[str
     head = ("recipe", "rows never trained", "rows trained more than once", "steps", "learning rate", "steps in Adam",
             "after the kill", "wall, s")  # fmt: skip
     lines = [line(name, found, rows) for name, found in outcomes.items()]
-    return f"""## Rows lost
+    return f"""## Rows lost, {sum(rows.values()):,} rows in {len(rows)} files
 
 {results.machine(folder)}
 - {results.packages("torch", "transformers", "accelerate", "trl")}
