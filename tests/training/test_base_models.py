@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longrun.errors import BadConfig
@@ -96,3 +97,26 @@ def test_rows_are_cut_where_the_model_takes_no_more_whatever_the_settings_say(tm
     _, facts = workshop.prepare("a", [chat("x", "y" * 100)])
     workshop.close()
     assert (facts["cut_at"], facts["longest"], facts["truncated_rows"]) == (32, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computes_bf16", "told"),
+    [
+        ("auto", True, "cuda with bf16 (Some GPU, which computes in bf16)"),
+        ("bfloat16", True, "cuda with bf16 (Some GPU, which computes in bf16)"),
+        ("auto", False, "cuda (Some GPU, which cannot compute in bf16)"),
+        ("float32", True, "cuda (Some GPU, dtype is set to float32)"),
+    ],
+)
+def test_a_gpu_trains_in_bf16_where_it_can_and_may(monkeypatch, dtype, computes_bf16, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: computes_bf16)
+    assert str(base_model.find_device(dtype)) == told
+
+
+def test_without_a_gpu_the_cpu_trains_in_full_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = base_model.find_device()
+    assert (found.name, found.bf16) == ("cpu", False)
+    assert found.why in ("torch sees no CUDA device", "this torch is built for the CPU only")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longrun import disk, wire
+from longrun.training import base_model
 from longrun.training.metrics import Diverged
 from longrun.training.order import held_out_rows, training_order
 from tests.training.workshop import RECIPE, Workshop
@@ -67,6 +68,17 @@ def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop
     assert broken.state() == unbroken.state()
     means = [[record.mean_loss for record in w.newest.lineage.files] for w in (unbroken, broken)]
     assert means[0] == means[1]
+
+
+def test_in_bf16_too_every_row_is_trained_and_cuts_change_no_bit(make_workshop, monkeypatch):
+    full = train_all(make_workshop("full"))
+    monkeypatch.setattr(base_model, "find_device", lambda _: base_model.Device("cpu", bf16=True, why="as on a GPU"))
+    unbroken = train_all(make_workshop("unbroken"))
+    broken = train_all(make_workshop("broken"), cuts=[1, 6, 9, 13, 15, 20])
+    for workshop in (unbroken, broken):
+        check_rows(workshop)
+    assert broken.received == unbroken.received == full.received
+    assert broken.state() == unbroken.state() != full.state()
 
 
 def test_a_warm_worker_trains_the_same_bits_as_a_fresh_one_for_every_file(make_workshop):
