@@ -196,7 +196,7 @@ def goals(rounds: list[dict[tuple[str, str], Measured]], starts: list[Measured])
                     what,
                     f"{how} {bound:g}",
                     results.spread(values, ".0f" if min(values) > 20 else ".2f"),
-                    "reached" if reached else "**missed**",
+                    results.verdict(reached),
                 )
             )
         else:

@@ -115,7 +115,7 @@ def at(event: dict[str, str]) -> float:
 
 def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
     ratios = {way: [found[way] / found[PLAIN] for found in rounds] for way in (DAEMON, COLD)}
-    reached = "reached" if statistics.median(ratios[DAEMON]) <= bound else "**missed**"
+    reached = results.verdict(statistics.median(ratios[DAEMON]) <= bound)
     rows = [
         [
             way,

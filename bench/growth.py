@@ -180,12 +180,12 @@ def report(
         [curve, f"{before:.1f}", f"{after:.1f}", f"{after / before:.2f}"] for curve, (before, after) in ends.items()
     ]
     goals = [
-        ["a file: last / first", f"at most {BOUND}", f"{ratio:.2f}", "reached" if ratio <= BOUND else "**missed**"],
+        ["a file: last / first", f"at most {BOUND}", f"{ratio:.2f}", results.verdict(ratio <= BOUND)],
         [
             f"{waiting:,} files at once, s until all are in the queue",
             f"at most {WAITING_BOUND_S:g}",
             f"{waited_s:.1f}",
-            "reached" if waited_s <= WAITING_BOUND_S else "**missed**",
+            results.verdict(waited_s <= WAITING_BOUND_S),
         ],
     ]
     return f"""## Growth

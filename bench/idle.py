@@ -69,7 +69,7 @@ def commands_take(home: Path, rounds: int) -> list[list[str]]:
 def report(idle: list[list[str]], commands: list[list[str]], minutes: float, folder: Path) -> str:
     daemons = [(float(share) / 100, float(rss)) for _, role, share, rss in idle if role == "daemon"]
     share, rss = (max(values) for values in zip(*daemons, strict=True))
-    reached = "reached" if share < CPU_BOUND and rss < RSS_BOUND_MB else "**missed**"
+    reached = results.verdict(share < CPU_BOUND and rss < RSS_BOUND_MB)
     return f"""## Idle
 
 {results.machine(folder)}

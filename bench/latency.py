@@ -71,7 +71,7 @@ def report(found: dict[int, list[dict[str, Way]]], folder: Path) -> str:
     goal = ""
     if BOUND_ROWS in found:
         values = [sum(played[WARM]) for played in found[BOUND_ROWS]]
-        reached = "reached" if sorted(values)[len(values) // 2] < BOUND_S else "**missed**"
+        reached = results.verdict(sorted(values)[len(values) // 2] < BOUND_S)
         goal = f"\nWarm, {BOUND_ROWS:,} rows: {results.spread(values)} s of at most {BOUND_S} s, {reached}.\n"
     rounds = len(next(iter(found.values())))
     return f"""## Latency

@@ -56,6 +56,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def verdict(reached: bool) -> str:
+    """What stands beside a goal."""
+    return "reached" if reached else "**missed**"
+
+
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     """Median, least and greatest."""
     low, middle, high = (format(v, form) for v in (min(values), statistics.median(values), max(values)))

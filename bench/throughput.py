@@ -201,7 +201,7 @@ def report(found: dict[Way, list[Found]], facts: dict[str, Any], folder: Path) -
     ours = found[OURS]
     between = results.spread([run.between_files_s or 0.0 for run in ours])
     checkpoint = results.spread([run.checkpoint_s or 0.0 for run in ours])
-    reached = "reached" if statistics.median(ratios[OURS]) >= 1 else "**missed**"
+    reached = results.verdict(statistics.median(ratios[OURS]) >= 1)
     return f"""## Throughput
 
 {results.machine(folder)}
