@@ -119,7 +119,11 @@ class Encoder:
         return encoded
 
     def draft(self, row: Row) -> Draft:
-        """The first half of `encode`: what Python does, a row at a time."""
+        """The first half of `encode`: what Python does, a row at a time, and one thread only.
+
+        Where a template marks the assistant's part, transformers notes the marks on the template it has compiled
+        and keeps for all, so two renderings at once are given each other's, or none.
+        """
         match row:
             case ChatRow():
                 text, spans = self._template.text_and_spans(row)

@@ -475,12 +475,16 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_called_itself() -> None:
     assert tokenizer.decode(encode(tokenizer, TextRow(text="abc")).input_ids).startswith("ABC")
 
 
-def test_rows_encoded_by_several_threads_are_those_encoded_by_one() -> None:
+def test_rows_tokenised_by_several_threads_are_those_encoded_one_by_one() -> None:
     encoder = Encoder(tiny_tokenizer("qwen3"), max_length=4096)
     assert encoder.takes_threads
-    rows = [ChatRow(messages=TWO_TURNS * (1 + number % 7)) for number in range(200)]
+    rows: list[Row] = [ChatRow(messages=TWO_TURNS * (1 + number % 7)) for number in range(200)]
+    rows += [CompletionRow(prompt="2 and 2 is", completion=str(number)) for number in range(200)]
+    rows += [TextRow(text="many bytes " * (1 + number % 7)) for number in range(200)]
+    batches = [[encoder.draft(row) for row in rows[start : start + 3]] for start in range(0, len(rows), 3)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(encoder.encode, rows)) == [encoder.encode(row) for row in rows]
+        tokenised = [row for batch in pool.map(encoder.tokenise, batches) for row in batch]
+    assert tokenised == [encoder.encode(row) for row in rows]
 
 
 # The helpers other tests start from
