@@ -130,6 +130,7 @@ def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[floa
 {results.machine(folder)}
 
 {(__doc__ or "").partition(chr(10) * 2)[2]}
+{results.rounds(len(rounds))} in turn, median (least–greatest).
 At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
 
 {results.table(("way", "wall, s", "time / plain"), rows)}

@@ -80,7 +80,7 @@ def report(found: dict[int, list[dict[str, Way]]], folder: Path) -> str:
 
 {results.explained(__doc__)}
 
-The tiny model, settle time {SETTLE_S} s, {rounds} rounds, seconds: median (least–greatest).
+The tiny model, settle time {SETTLE_S} s, {results.rounds(rounds)}, seconds: median (least–greatest).
 {goal}
 {results.table(("rows", "", "drop to first step", *STRETCHES.values()), table)}
 """

@@ -56,6 +56,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def rounds(many: int) -> str:
+    return "1 round" if many == 1 else f"{many} rounds"
+
+
 def verdict(reached: bool) -> str:
     """What stands beside a goal."""
     return "reached" if reached else "**missed**"

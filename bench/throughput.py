@@ -210,7 +210,7 @@ def report(found: dict[Way, list[Found]], facts: dict[str, Any], folder: Path) -
 {results.explained(__doc__).replace("WARM_UP", str(WARM_UP))}
 
 {facts["rows"]}: {facts["steps"]} steps of {BATCH} rows; a Llama of {facts["weights"] / 1e6:.1f} million weights,
-{VOCABULARY:,} tokens in its tokenizer. {len(ours)} rounds in turn, median (least–greatest).
+{VOCABULARY:,} tokens in its tokenizer. {results.rounds(len(ours))} in turn, median (least–greatest).
 
 At least the stock Trainer's tokens a second: {results.spread(ratios[OURS])} times, {reached}. The loss of a row
 alone and, as Longrun has it, beside one of its length differ by {facts["difference"]:.1e} of it at most
