@@ -237,7 +237,7 @@ def report(tools: list[Tool], absent: list[str], rounds: list[dict[tuple[str, st
 - {"; ".join(tool.says() for tool in tools if tool.name != THOROUGH)}
 {"".join(f"- not installed, left out: {line}{chr(10)}" for line in absent)}
 A model as Longrun keeps it: {len(STEPS)} checkpoints of random bytes, the newest published by hard links;
-{sum(sizes.values()) / 1e9:.2f} GB of files. {results.rounds(len(rounds))}. A round runs each operation with all tools in turn,
+{sum(sizes.values()) / 1e9:.2f} GB of files. {len(rounds)} rounds. A round runs each operation with all tools in turn,
 in an order that rotates and is turned round every second time; ratios are within a round. Before each run comes a
 `sync`, and a file of {WAKENED * PIECE / 1e9:.1f} GB is written to memory and removed, so that the run gets
 memory which the host has not taken back (a first touch of such a page costs more than copying it). Nothing else is

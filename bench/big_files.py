@@ -236,8 +236,8 @@ def report(megabytes: int, rounds: list[dict[str, Spent]], folder: Path) -> str:
 
 {results.explained(__doc__)}
 
-Loading Python and libraries is left out. Memory is the peak of the largest process. Of {results.rounds(len(rounds))}, medians
-(least–greatest).
+Loading Python and libraries is left out. Memory is the peak of the largest process.
+Of {results.rounds(len(rounds))}, medians (least–greatest).
 
 {results.table(("goal", "bound", "found", ""), goals(megabytes, rounds))}
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config, disk, process
+from longrun import archive, checkpoint, config, disk
 from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
 from longrun.lineage import FileRecord
@@ -150,6 +150,10 @@ class Context:
             self.say("setting changed", f"from the next file on: {change}")
         self.settings = fresh
 
+    def record_of(self, job: Job, newest: checkpoint.Checkpoint | None) -> FileRecord | None:
+        """What the model says of the job, if it was trained to its end; None otherwise."""
+        return newest.lineage.record_of(self.home_id, job.number, job.sha256) if newest else None
+
     def finish(self, job: Job, record: FileRecord) -> None:
         """The lineage says that the job was trained: book it and put the file away."""
         done = self.ledger.move(job, JobState.TRAINED, attempts=0, record=record.to_json())
@@ -168,7 +172,6 @@ class Context:
     def put_away(self, job: Job) -> None:
         """Bring the file of a job that is over to its last place, and tell how it ended: in this life, or the next."""
         place = archive.put_away(self.home, job)
-        process.return_free_memory()  # a file is the largest thing that comes and goes
         if job.state is JobState.REJECTED:
             self._tell_rejected(job, json.loads(job.reason), place.name if place else job.name)
         elif job.record:  # none of what was trained before records were kept

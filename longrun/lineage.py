@@ -10,12 +10,9 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from longrun.plan import Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +38,10 @@ class FileRecord:
     eval_loss: float | None  # mean per trained token of the held-out rows
     home: str = ""  # id of the home that `job` is a number of; "" in models older than these ids
     _line: str = field(default="", init=False, repr=False, compare=False)
+
+    def is_trained(self, home: str) -> bool:
+        """Whether it was trained to its end, as a job of this home."""
+        return self.outcome == "trained" and self.home in (home, "")
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -83,13 +84,19 @@ class Lineage:
 
     def trained(self, home: str) -> dict[tuple[int, str], FileRecord]:
         """The files of this home that were trained to their end, by job and hash."""
-        return {(record.job, record.sha256): record for record in self._trained(home)}
+        return {(record.job, record.sha256): record for record in self.files if record.is_trained(home)}
 
-    def has_trained(self, home: str, job: int, sha256: str) -> bool:
-        return any((record.job, record.sha256) == (job, sha256) for record in self._trained(home))
-
-    def _trained(self, home: str) -> Iterator[FileRecord]:
-        return (record for record in self.files if record.outcome == "trained" and record.home in (home, ""))
+    def record_of(self, home: str, job: int, sha256: str) -> FileRecord | None:
+        """What was written of this home's job when it was trained to its end; None when it was not."""
+        # Asked several times a file: the latest records first, and of most their number only.
+        return next(
+            (
+                record
+                for record in reversed(self.files)
+                if record.job == job and record.sha256 == sha256 and record.is_trained(home)
+            ),
+            None,
+        )
 
     def plan_in_progress(self, home: str, job: int, sha256: str) -> InProgress | None:
         """How far this job is, if the weights are in its middle.

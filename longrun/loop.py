@@ -15,7 +15,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, disk, inbox, missing, requests, status
+from longrun import archive, checkpoint, disk, inbox, missing, process, requests, status
 from longrun.errors import BadModel, Locked, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
@@ -168,6 +168,7 @@ class Daemon:
 
     def tick(self, now: float) -> bool:
         """One round; True means leave. A full disk or a model that cannot be used makes training stand still."""
+        ended = self._context.ended_now
         try:
             # Between two looks at the model it may go, or a restore may take it: the next tick begins afresh.
             with contextlib.suppress(ModelRemoved, Locked):
@@ -180,6 +181,8 @@ class Daemon:
         except BadModel as error:
             self._stand_still(now, "model", error)
         self._tell_status(now)
+        if self._context.ended_now > ended:  # a file is the largest thing that comes and goes
+            process.return_free_memory()  # not before the next one trains: it takes milliseconds
         return self._finished()
 
     def _round(self, now: float) -> None:
@@ -316,11 +319,10 @@ class Daemon:
 
     def _is_trained(self, job: Job, newest: Checkpoint | None) -> bool:
         """Whether the model has the job already, as a ledger that was lost does not know; it is finished then."""
-        trained = newest is not None and newest.lineage.has_trained(self._context.home_id, job.number, job.sha256)
-        if trained:
-            assert newest is not None
-            self._runs.finish(job, newest)
-        return trained
+        record = self._context.record_of(job, newest)
+        if record is not None:
+            self._context.finish(job, record)
+        return record is not None
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""

@@ -388,16 +388,12 @@ class Runs:
             return  # perhaps it is being removed: the job is left running, and settled when that is clear
         if newest is None:
             self._context.ledger.move(run.job, JobState.QUEUED)
-        elif newest.lineage.has_trained(self._context.home_id, run.job.number, run.job.sha256):
-            self.finish(run.job, newest)
+        elif record := self._context.record_of(run.job, newest):
+            self._context.finish(run.job, record)
         elif message.stopped:
             self._end_stopped(run, "skip" if run.stopping == "skip" else message.stopped, message.rows_trained)
         else:
             self._retry(run, "the worker said it was done, but no verified checkpoint says so", "crash")
-
-    def finish(self, job: Job, newest: Checkpoint) -> None:
-        """The model's lineage has the job."""
-        self._context.finish(job, newest.lineage.trained(self._context.home_id)[job.number, job.sha256])
 
     def _end_stopped(self, run: Run, why: str, rows_trained: list[int]) -> None:
         done = run.plan.done_steps(run.global_step)
@@ -474,9 +470,8 @@ class Runs:
         """
         newest = self._context.newest()
         saved_step = newest.global_step if newest else 0
-        home_id = self._context.home_id
-        if newest is not None and newest.lineage.has_trained(home_id, run.job.number, run.job.sha256):
-            self.finish(run.job, newest)
+        if record := self._context.record_of(run.job, newest):
+            self._context.finish(run.job, record)
             return
         if run.stopping == "skip":
             saved = run.plan.done_steps(saved_step)

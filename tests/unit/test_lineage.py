@@ -85,7 +85,7 @@ def test_a_job_left_in_the_middle_is_closed_when_another_begins() -> None:
     before, progress = left.begun(second, NOW)
     assert [(r.job, r.outcome, r.done_steps, r.planned_steps) for r in before.files] == [(1, "ended early", 4, 10)]
     assert before.global_step == progress.global_step == 4
-    assert not before.has_trained("", 1, first.sha256)
+    assert not before.record_of("", 1, first.sha256)
 
 
 def test_a_job_closed_before_its_first_step_has_no_mean_loss() -> None:
@@ -108,10 +108,10 @@ def in_the_middle_of(home: str) -> Lineage:
 
 def test_a_trained_job_is_known_by_home_number_and_content() -> None:
     lineage = trained_by(HERE)
-    assert lineage.has_trained(HERE, 1, "a" * 64)
-    assert not lineage.has_trained(HERE, 1, "b" * 64)
-    assert not lineage.has_trained(HERE, 2, "a" * 64)
-    assert not lineage.has_trained(THERE, 1, "a" * 64)
+    assert lineage.record_of(HERE, 1, "a" * 64) is lineage.files[0]
+    assert lineage.record_of(HERE, 1, "b" * 64) is None
+    assert lineage.record_of(HERE, 2, "a" * 64) is None
+    assert lineage.record_of(THERE, 1, "a" * 64) is None
 
 
 def test_the_plan_in_progress_is_known_by_number_and_content() -> None:
@@ -129,8 +129,8 @@ def test_what_another_home_began_goes_on_with_the_same_bytes_under_any_number() 
     before, progress = lineage.begun(own, NOW)
     assert (before.files, before.in_progress, progress.plan, progress.done_steps) == ((), None, own, 4)
     ended = before.ended(replace(progress, done_steps=10), outcome="trained", finished_at=NOW, eval_loss=None)
-    assert ended.has_trained(HERE, 7, "a" * 64)
-    assert not ended.has_trained(THERE, 1, "a" * 64)
+    assert ended.record_of(HERE, 7, "a" * 64)
+    assert not ended.record_of(THERE, 1, "a" * 64)
 
 
 def test_a_model_older_than_the_ids_of_homes_is_of_the_home_it_is_in() -> None:
@@ -139,7 +139,7 @@ def test_a_model_older_than_the_ids_of_homes_is_of_the_home_it_is_in() -> None:
         for plan in [values["in_progress"]["plan"]] if values["in_progress"] else values["files"]:
             del plan["home"]
         assert Lineage.from_json(json.dumps(values)) == lineage
-    assert trained_by("").has_trained(HERE, 1, "a" * 64)
+    assert trained_by("").record_of(HERE, 1, "a" * 64)
     assert in_the_middle_of("").plan_in_progress(HERE, 1, "a" * 64) is not None
     assert in_the_middle_of("").plan_in_progress(HERE, 2, "a" * 64) is None
 
