@@ -249,8 +249,8 @@ FAULTS = (
     Fault(
         "the job of another home taken for ours",
         "longrun/lineage.py",
-        'if record.outcome == "trained" and record.home in (home, "")',
-        'if record.outcome == "trained"',
+        'return self.outcome == "trained" and self.home in (home, "")',
+        'return self.outcome == "trained"',
         "unit/test_lineage.py",
     ),
     Fault(
