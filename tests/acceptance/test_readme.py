@@ -23,10 +23,10 @@ HUB_MODEL = "Qwen/Qwen3-0.6B"  # stands in the README; a random one of its famil
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The repository as a reader has it."""
+    """The repository as a reader has it: without what git ignores, such as a home that somebody left in this one."""
     folder = tmp_path / "longrun-checkout"
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "state", "inbox", "current_model")
-    shutil.copytree(REPOSITORY, folder, ignore=ignored)
+    ignored = [line.strip("/") for line in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()]
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *ignored))
     return folder
 
 
