@@ -1,7 +1,9 @@
 """Daemon tax: N files through the daemon, against one plain Trainer over all their rows and a cold process for each.
 
-All three train the same model on the same rows with the same batches, learning rate and number of checkpoints. Wall
-time is of whole commands, the start of Python and the loading of torch included, once for the first two.
+All three train the same model on the same rows with the same batches, learning rate and number of checkpoints. They
+run side by side and take turns: one runs for some seconds while the others are stopped, so that a drift of the machine
+meets all alike. Wall time is of whole commands, the start of Python and the loading of torch included, once for the
+first two; the time that a way was stopped is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from pathlib import Path
 
 from bench import results
 from bench.recipes import BATCH, RATE
-from bench.running import drain, lines_of, run
+from bench.running import draining, fill, lines_of
+from bench.turns import SLICE_S, Way, take_turns
 from bench.workload import make_base, numbered
 
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
@@ -54,58 +57,64 @@ class Load:
             (folder / f"{name}.jsonl").write_text(content)
         (folder / "all.jsonl").write_text("".join(contents))
 
-    def through_the_daemon(self, home: Path) -> float:
+    def through_the_daemon(self, home: Path) -> Way:
         files = [self.folder / f"{name}.jsonl" for name in self.names]
         settings = f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
-        return drain(home, home / "base", files, f"{settings}save_steps = {self.steps}\n")
+        fill(home, files, f"{settings}save_steps = {self.steps}\n")
+        return Way([(draining(home, home / "base"), home)])
 
-    def plain(self, home: Path) -> float:
-        return run(self._recipe("plain", self.folder / "all.jsonl", home), home)
+    def plain(self, home: Path) -> Way:
+        return Way([(self._recipe("plain", self.folder / "all.jsonl", home), home)])
 
-    def cold(self, home: Path) -> float:
+    def cold(self, home: Path) -> Way:
         files = [self.folder / f"{name}.jsonl" for name in self.names]
-        return sum(run(self._recipe("plain", file, home), home) for file in files)
+        return Way([(self._recipe("plain", file, home), home) for file in files])
 
     def _recipe(self, name: str, file: Path, home: Path) -> list[str]:
         return [sys.executable, "-m", "bench.recipes", name, str(file), str(home), str(self.steps)]
 
 
-def one_round(load: Load, base: Path, folder: Path, order: list[str]) -> dict[str, float]:
-    ways = {DAEMON: load.through_the_daemon, PLAIN: load.plain, COLD: load.cold}
-    found = {}
-    for way in order:
-        home = folder / way.replace(" ", "-")
+def one_round(load: Load, base: Path, folder: Path, order: list[str]) -> dict[str, Way]:
+    started_by = {DAEMON: load.through_the_daemon, PLAIN: load.plain, COLD: load.cold}
+    ways = {}
+    for name in order:
+        home = home_of(folder, name)
         home.mkdir(parents=True)
         shutil.copytree(base, home / "base")
         (home / "files.json").write_text(json.dumps(load.names))
-        found[way] = ways[way](home)
-        print(f"  {way}: {found[way]:.1f} s", flush=True)
-    return found
+        ways[name] = started_by[name](home)
+    take_turns(ways.values())
+    for name, way in ways.items():
+        print(f"  {name}: {way.wall_s:.1f} s", flush=True)
+    return ways
+
+
+def home_of(folder: Path, name: str) -> Path:
+    return folder / name.replace(" ", "-")
 
 
 def seconds_a_step(base: Path, folder: Path) -> float:
     """Of the plain Trainer, its start and first steps left out."""
     loads = [Load(folder / f"calibrate-{count}", 1, count) for count in (CALIBRATING_STEPS, 3 * CALIBRATING_STEPS)]
-    walls = [one_round(load, base, load.folder / "home", [PLAIN])[PLAIN] for load in loads]
+    walls = [one_round(load, base, load.folder / "home", [PLAIN])[PLAIN].wall_s for load in loads]
     return max((walls[1] - walls[0]) / (2 * CALIBRATING_STEPS), 1e-3)
 
 
 # -- the report
 
 
-def parts_of(home: Path) -> dict[str, list[float]]:
+def parts_of(home: Path, way: Way) -> dict[str, list[float]]:
     """Seconds of each part of each file; the first file, which warms up, and the last are left out."""
     told = lines_of(home / "state" / "events.jsonl")
     jobs = [event["job"] for event in told if event["event"] == "planned"]
     when = {(event.get("job"), event["event"]): at(event) for event in told}  # the last one counts
-    saving = {event["job"]: event["seconds"] for event in told if event["event"] == "saved"}
+    when |= {(event["job"], "saving"): at(event) - event["seconds"] for event in told if event["event"] == "saved"}
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     for job, after in itertools.pairwise(jobs[1:]):
-        planned, started, saved, trained = (when[job, event] for event in ("planned", "started", "saved", "trained"))
-        to_next = when[after, "planned"] - trained
-        values = (started - planned, saved - started - saving[job], saving[job], trained - saved, to_next)
-        for part, value in zip(PARTS, values, strict=True):
-            found[part].append(value)
+        moments = [when[job, name] for name in ("planned", "started", "saving", "saved", "trained")]
+        ran = [way.wall_s_until(moment) for moment in (*moments, when[after, "planned"])]
+        for part, (began, ended) in zip(PARTS, itertools.pairwise(ran), strict=True):
+            found[part].append(ended - began)
     return found
 
 
@@ -113,13 +122,13 @@ def at(event: dict[str, str]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
-    ratios = {way: [found[way] / found[PLAIN] for found in rounds] for way in (DAEMON, COLD)}
+def report(what: str, rounds: list[dict[str, Way]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
+    ratios = {way: [found[way].wall_s / found[PLAIN].wall_s for found in rounds] for way in (DAEMON, COLD)}
     reached = results.verdict(statistics.median(ratios[DAEMON]) <= bound)
     rows = [
         [
             way,
-            results.spread([found[way] for found in rounds], ".1f"),
+            results.spread([found[way].wall_s for found in rounds], ".1f"),
             results.spread(ratios[way]) if way in ratios else "1",
         ]
         for way in (DAEMON, PLAIN, COLD)
@@ -130,7 +139,7 @@ def report(what: str, rounds: list[dict[str, float]], parts: dict[str, list[floa
 {results.machine(folder)}
 
 {(__doc__ or "").partition(chr(10) * 2)[2]}
-{results.rounds(len(rounds))} in turn, median (least–greatest).
+{results.rounds(len(rounds))}, median (least–greatest); slices of {SLICE_S:g} s.
 At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
 
 {results.table(("way", "wall, s", "time / plain"), rows)}
@@ -161,7 +170,7 @@ def main(argv: list[str]) -> None:
                 ways = [DAEMON, PLAIN, COLD]
                 at = number % len(ways)
                 rounds.append(one_round(load, folder / "base", folder / f"{given}-{number}", ways[at:] + ways[:at]))
-            parts = parts_of(folder / f"{given}-{args.rounds - 1}" / DAEMON.replace(" ", "-"))
+            parts = parts_of(home_of(folder / f"{given}-{args.rounds - 1}", DAEMON), rounds[-1][DAEMON])
             text = report(what, rounds, parts, folder, 1.03 if file_s >= 30 else 1.15)
             results.write_section(f"daemon tax, {given}", text, args.results)
     print(f"written to {args.results}")
