@@ -5,7 +5,8 @@ same tokenizer with 512 conversations at a time, put together without a template
 most trainers do: the datasets library reads the file, and its map renders the chat template with assistant masks and
 tokenises, batched, in a process for each core. Prepare is what Longrun's preparer does once a file is examined: read
 strictly, render, tokenise, mask, and write the tokens. Training begins when that is done: the plan counts the rows in
-which a token is left to train, and its order draws from all of them.
+which a token is left to train, and its order draws from all of them. All works of a round run side by side and take
+turns: one runs for some seconds while the others are stopped, which is left out of its time.
 
 What limits examining is not the bytes but the rows, of 1 kB here: of each, 5 µs go to the dozen calls of Python that
 find its line, tell its format and look at its messages, and 2 µs a kB to parsing, hashing and checking. Rows of 10 kB
@@ -31,14 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import results
+from bench.running import run
+from bench.turns import SLICE_S, Way, take_turns
 from bench.workload import chats, make_tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ROOT = Path(__file__).parent.parent
 BATCH = 512
 LEARNING = "learning"
+SPENT = "spent.json"
 WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 PIECE_MB = 500
 LEARNED_MB = 5  # of such text the tokenizer is learned from
@@ -142,15 +145,16 @@ WORK: dict[str, Callable[[Path, Path], Iterator[None]]] = {
 }
 
 
-def do(work: Callable[[Path, Path], Iterator[None]], file: Path, folder: Path) -> Spent:
+def do(work: Callable[[Path, Path], Iterator[None]], file: Path, folder: Path) -> dict[str, float]:
+    """When it began and ended, in seconds since the epoch, and what it used meanwhile."""
     steps = work(file, folder)
     next(steps)
-    began, cpu_before = time.monotonic(), cpu_s()
+    began, cpu_before = time.time(), cpu_s()
     for _ in steps:
         pass
-    wall_s, used_s = time.monotonic() - began, cpu_s() - cpu_before
+    ended, used_s = time.time(), cpu_s() - cpu_before
     peak_kb = max(resource.getrusage(who).ru_maxrss for who in WHO)
-    return Spent(wall_s=wall_s, cpu_s=used_s, peak_mb=peak_kb * 1024 / 1e6)
+    return {"began": began, "ended": ended, "cpu_s": used_s, "peak_mb": peak_kb * 1024 / 1e6}
 
 
 def cpu_s() -> float:
@@ -176,14 +180,22 @@ def load(folder: Path) -> Any:
 # -- measuring
 
 
-def measured(work: str, file: Path, folder: Path) -> Spent:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
-    command = [sys.executable, "-m", "bench.big_files", "--do", work, str(file), str(folder)]
-    with (folder / "said.log").open("a") as log:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{work} of {file}: exit {done.returncode}\n{(folder / 'said.log').read_text()[-3000:]}")
-    return Spent(**json.loads(done.stdout.splitlines()[-1]))
+def command(work: str, file: Path, folder: Path) -> list[str]:
+    """Does one work, and leaves in SPENT, where it is started, what that took."""
+    return [sys.executable, "-m", "bench.big_files", "--do", work, str(file), str(folder)]
+
+
+def one_round(works: list[str], file: Path, folder: Path) -> dict[str, Spent]:
+    homes = {work: Path(tempfile.mkdtemp(prefix="work-", dir=folder)) for work in works}
+    ways = {work: Way([(command(work, file, folder), home)]) for work, home in homes.items()}
+    take_turns(ways.values())
+    return {work: spent(ways[work], homes[work]) for work in works}
+
+
+def spent(way: Way, home: Path) -> Spent:
+    told = json.loads((home / SPENT).read_text())
+    wall_s = way.wall_s_until(told["ended"]) - way.wall_s_until(told["began"])
+    return Spent(wall_s=wall_s, cpu_s=told["cpu_s"], peak_mb=told["peak_mb"])
 
 
 def rounds_of(megabytes: int, rounds: int, works: list[str], folder: Path) -> list[dict[str, Spent]]:
@@ -194,7 +206,7 @@ def rounds_of(megabytes: int, rounds: int, works: list[str], folder: Path) -> li
     found = []
     for number in range(rounds):
         at = number % len(works)
-        found.append({name: measured(name, file, folder) for name in works[at:] + works[:at]})
+        found.append(one_round(works[at:] + works[:at], file, folder))
         told = ", ".join(f"{name} {spent.wall_s:.1f} s" for name, spent in found[-1].items())
         print(f"{megabytes} MB, round {number + 1} of {rounds}: {told}", flush=True)
     file.unlink()
@@ -237,7 +249,7 @@ def report(megabytes: int, rounds: list[dict[str, Spent]], folder: Path) -> str:
 {results.explained(__doc__)}
 
 Loading Python and libraries is left out. Memory is the peak of the largest process.
-Of {results.rounds(len(rounds))}, medians (least–greatest).
+Of {results.rounds(len(rounds))}, medians (least–greatest); slices of {SLICE_S:g} s.
 
 {results.table(("goal", "bound", "found", ""), goals(megabytes, rounds))}
 
@@ -271,11 +283,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.do:
         work, file, folder = args.do
-        print(json.dumps(vars(do({**WORK, LEARNING: learn}[work], Path(file), Path(folder)))))
+        os.environ["HF_HOME"] = str(Path(folder) / "hub")
+        Path(SPENT).write_text(json.dumps(do({**WORK, LEARNING: learn}[work], Path(file), Path(folder))))
         return
     with tempfile.TemporaryDirectory(prefix="bench-big-", dir=args.folder) as place:
         here = Path(place).resolve()
-        measured(LEARNING, here, here)  # not in this process: Linux counts its memory as the children's
+        run(command(LEARNING, here, here), here)
         for size in args.sizes:
             megabytes, rounds = map(int, size.split("x"))
             text = report(megabytes, rounds_of(megabytes, rounds, args.works, here), here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 3600.0
 LOOK_S = 0.02
+SAID = "said.log"
 TOLD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \S+ +(.*)$", re.MULTILINE)
 
 
@@ -116,7 +118,7 @@ def drain(home: Path, base: Path, files: list[Path], settings: str, **environmen
 
 
 def run(command: list[str], home: Path, **environment: str) -> float:
-    """Wall seconds of a command that is run to its end; what it said is in said.log."""
+    """Wall seconds of a command that is run to its end."""
     began = time.monotonic()
     with start(command, home, **environment) as process:
         try:
@@ -124,15 +126,20 @@ def run(command: list[str], home: Path, **environment: str) -> float:
         except BaseException:
             process.kill()
             raise
-    if code:
-        raise subprocess.CalledProcessError(code, command)
+    must_be_good(code, command, home)
     return time.monotonic() - began
 
 
+def must_be_good(code: int, command: list[str], home: Path) -> None:
+    """RuntimeError with what the command said last, if it failed."""
+    if code:
+        raise RuntimeError(f"{shlex.join(command)}: exit {code}\n{(home / SAID).read_text()[-3000:]}")
+
+
 def start(command: list[str], home: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a command with the probe on its path and no way to the hub; what it says goes to said.log."""
+    """Start a command with the probe on its path and no way to the hub; what it says is kept in its home."""
     places = {"PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
-    with (home / "said.log").open("a") as log:
+    with (home / SAID).open("a") as log:
         return subprocess.Popen(command, cwd=home, env=os.environ | places | environment, stdout=log, stderr=log)
 
 

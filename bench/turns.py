@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from bench.running import start
+from bench.running import must_be_good, start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 SLICE_S = 5.0  # the caches that another way has filled are filled again in milliseconds
@@ -28,7 +28,7 @@ class Way:
     """Commands to run one after another, each in its home, and when they ran."""
 
     def __init__(self, commands: Sequence[tuple[list[str], Path]]) -> None:
-        self._waiting = list(commands)
+        self._commands = list(commands)  # the first one runs, or is the next
         self._process: subprocess.Popen[bytes] | None = None
         self._slices: list[tuple[float, float]] = []
 
@@ -43,40 +43,45 @@ class Way:
 
     @property
     def is_done(self) -> bool:
-        return self._process is None and not self._waiting
+        return not self._commands
 
     def run_slice(self) -> None:
         began = time.time()
-        self._send(signal.SIGCONT)
+        send(signal.SIGCONT, self._processes())
         while not self.is_done and (left_s := began + SLICE_S - time.time()) > 0:
-            if self._process is None:
-                self._process = start(*self._waiting.pop(0))
+            command, home = self._commands[0]
+            self._process = self._process or start(command, home)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code, command = self._process.wait(left_s), self._process.args
+                code = self._process.wait(left_s)
                 self._process = None
-                if code:
-                    raise subprocess.CalledProcessError(code, command)
-        self._send(signal.SIGSTOP)
+                must_be_good(code, command, home)
+                del self._commands[0]
+        send(signal.SIGSTOP, self._processes())
         self._slices.append((began, time.time()))
 
     def kill(self) -> None:
-        self._send(signal.SIGKILL)
+        send(signal.SIGKILL, list(self._processes()))  # a dead one has no children any more
+        if self._process:
+            self._process.wait()
 
-    def _send(self, number: signal.Signals) -> None:
-        """To the process and all that it has started, itself first: a stopped one starts no more."""
-        if self._process is None:
-            return
-        process = psutil.Process(self._process.pid)
-        process.send_signal(number)
-        for child in process.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
+    def _processes(self) -> Iterator[psutil.Process]:
+        """The one that runs, then all that it has started: once it is stopped, it starts no more."""
+        if self._process:
+            process = psutil.Process(self._process.pid)
+            yield process
+            yield from process.children(recursive=True)
+
+
+def send(number: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def take_turns(ways: Iterable[Way]) -> None:
     """Run all of them to their end; the first given begins.
 
-    Raises subprocess.CalledProcessError if a command fails; the others are killed then.
+    RuntimeError if a command fails, with what it said last; the others are killed then.
     """
     ways = list(ways)
     try:
