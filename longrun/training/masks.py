@@ -139,8 +139,12 @@ class Encoder:
         """The other half: one call of the tokenizer, during most of which other threads of Python go on."""
         tokens = iter(self._tokens([text for draft in drafts for text in draft.texts]))
         assembled = [draft.assemble(*islice(tokens, len(draft.texts))) for draft in drafts]
-        cut = self.max_length
-        return [Encoded(ids[:cut], labels[:cut], truncated=len(ids) > cut) for ids, labels in assembled]
+        return [self._cut(*found) for found in assembled]
+
+    def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
+        if len(ids) <= self.max_length:
+            return Encoded(ids, labels, truncated=False)
+        return Encoded(ids[: self.max_length], labels[: self.max_length], truncated=True)
 
     @property
     def mask_source(self) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from longrun import disk
@@ -25,7 +28,7 @@ from longrun.rows import ChatRow, Row, RowFormat
 from longrun.training.masks import Encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from longrun import wire
@@ -191,7 +194,14 @@ def _write(path: Path, rows: Iterator[tuple[list[int], list[int], int]]) -> None
 
 
 def _to_batch(rows: list[tuple[list[int], list[int], int]]) -> pa.RecordBatch:
-    return pa.record_batch(
-        [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)],
-        schema=SCHEMA,
-    )
+    input_ids, labels, numbers = zip(*rows, strict=True)
+    return pa.record_batch([_lists(input_ids), _lists(labels), pa.array(numbers, pa.int64())], schema=SCHEMA)
+
+
+def _lists(rows: Sequence[list[int]]) -> pa.ListArray:
+    """What pa.array makes of them, in half the time: it asks each number anew what it is."""
+    values = array("i")
+    for row in rows:
+        values.fromlist(row)
+    offsets = pa.array(accumulate(map(len, rows), initial=0), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(values, np.int32)))
