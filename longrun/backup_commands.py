@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from longrun import config
-from longrun.errors import BadBackup, ExitCode, printable
+from longrun.errors import BadBackup, ExitCode
 from longrun.home import Home, find_home
 from longrun.manifest import BackupType, Manifest
 from longrun.replacing import alone_with_model
 from longrun.retention import Keep
 from longrun.store import LATEST, Store, telling
+from longrun.wording import counted, printable
 
 if TYPE_CHECKING:
     import argparse
@@ -104,7 +105,7 @@ def _saved_lines(saved: Saved, again: str) -> Iterator[str]:
     )
     yield from (f"    {fault}" for fault in manifest.faults)
     yield (
-        f"    {len(manifest.files)} files, {_size(manifest.size_bytes)};"
+        f"    {counted(len(manifest.files), 'file')}, {_size(manifest.size_bytes)};"
         f" {_size(saved.new_bytes)} newly stored, in {saved.seconds:.1f} s"
     )
     if saved.healed:

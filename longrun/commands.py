@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import archive, config, disk, requests, status
 from longrun.archive import ACCEPTED
-from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning, printable
+from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning
 from longrun.plan import make_plan
+from longrun.wording import counted, printable
 from longrun.worker import PROGRAM
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def retry_missing(home: Home) -> int:
         say(f"{len(there)} will train again, {'in' if running else 'by the next daemon, in'} this order:")
     for lost in there:
         rest = f", from step {lost.done_steps + 1} of it" if lost.done_steps else ""
-        say(f"    {printable(lost.job.name)} ({lost.job.rows} rows{rest})")
+        say(f"    {printable(lost.job.name)} ({counted(lost.job.rows, 'row')}{rest})")
     gone = [lost for lost in found if not lost.file]
     for lost in gone:
         say(printable(f"{lost.job.name} cannot be trained again: {_why_lost(home, lost).removeprefix('nowhere: ')}"))
@@ -304,7 +305,7 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
         if error.extract:
             say(f"    {printable(error.extract)}")
         return ExitCode.FAILURE
-    say(f"{file}: good. {found.rows} rows ({found.format}), {found.size_bytes} bytes")
+    say(f"{file}: good. {counted(found.rows, 'row')} ({found.format}), {counted(found.size_bytes, 'byte')}")
     for note in found.notes:
         say(f"    {printable(note)}")
     for problem in found.skipped:

@@ -11,6 +11,7 @@ from longrun import archive, checkpoint, config, disk
 from longrun.errors import BadConfig
 from longrun.job import WAITING, Job, JobState
 from longrun.lineage import FileRecord
+from longrun.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,7 +183,7 @@ class Context:
             [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
         )
         if record.eval_loss is not None:
-            losses.append(f"held-out loss {record.eval_loss:.4f} over {record.held_out_rows} rows")
+            losses.append(f"held-out loss {record.eval_loss:.4f} over {counted(record.held_out_rows, 'row')}")
         self.say(
             "trained",
             f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"

@@ -18,6 +18,8 @@ import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from longrun.wording import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -122,11 +124,6 @@ class BadFile(LongrunError):
             "fix": self.hint or None,
         }
         return {key: value for key, value in found.items() if value is not None}
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with everything that is not plainly printable shown as an escape."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def exit_code(program: str, work: Callable[[], int]) -> int:

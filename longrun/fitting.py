@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 from longrun.errors import BadModel
+from longrun.wording import counted
 
 if TYPE_CHECKING:
     from longrun.context import Context
@@ -33,7 +34,7 @@ def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -
     context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {_situation(context, batch_size): rows}))
     context.say(
         "smaller batches",
-        f"from now on {rows} rows at once on a device; a step still trains {batch_size} rows",
+        f"from now on {counted(rows, 'row')} at once on a device; a step still trains {batch_size} rows",
         level="warning",
     )
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk
-from longrun.errors import printable
+from longrun.wording import printable
 
 if TYPE_CHECKING:
     from longrun.config import LogSettings

@@ -16,6 +16,7 @@ from longrun.config import unpinned
 from longrun.errors import BadModel
 from longrun.home import FACTS
 from longrun.job import Job, JobState
+from longrun.wording import counted
 from longrun.worker import Child
 
 if TYPE_CHECKING:
@@ -168,13 +169,11 @@ class Preparation:
         twin = context.ledger.same_content(job)
         remarks = [*facts["notes"], *([f"same content as job {twin.number}, trained again"] if twin else [])]
         if facts["skipped_rows"]:
-            first = facts["skipped"][0]
-            remarks.append(
-                f"{facts['skipped_rows']} bad rows skipped, the first at line {first.get('line')}: {first['why']}"
-            )
+            skipped, first = counted(facts["skipped_rows"], "bad row"), facts["skipped"][0]
+            remarks.append(f"{skipped} skipped, the first at line {first.get('line')}: {first['why']}")
         context.say(
             "queued",
-            f"{job.name}: {job.rows} rows ({job.format}){''.join(f'; {remark}' for remark in remarks)}",
+            f"{job.name}: {counted(job.rows, 'row')} ({job.format}){''.join(f'; {remark}' for remark in remarks)}",
             job=job.number,
             file=job.name,
             **facts,
@@ -186,10 +185,10 @@ class Preparation:
             facts["mask_source"],
         ]
         if facts["truncated_rows"]:
-            told.append(f"{facts['truncated_rows']} rows cut at {facts['cut_at']} tokens")
+            told.append(f"{counted(facts['truncated_rows'], 'row')} cut at {facts['cut_at']} tokens")
         if facts["untrainable_rows"]:
             told.append(
-                f"{facts['untrainable_rows']} rows left out (row {facts['untrainable_first']} is the first):"
+                f"{counted(facts['untrainable_rows'], 'row')} left out (row {facts['untrainable_first']} is the first):"
                 " no token to learn from"
             )
         level = "warning" if facts["truncated_rows"] or facts["untrainable_rows"] else "info"
@@ -221,7 +220,7 @@ class Preparation:
         disk.remove_tree(self._context.home.prepared(job.number), self._context.home.staging)
         attempts = job.attempts + 1
         if attempts >= self._context.settings.worker.max_attempts:
-            self._context.reject(job, {"kind": "crash", "why": f"{why}, {attempts} times"})
+            self._context.reject(job, {"kind": "crash", "why": f"{why}, {counted(attempts, 'time')}"})
             return
         self._context.ledger.note(job, attempts=attempts)
         self._context.say("retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning")

@@ -15,6 +15,7 @@ from longrun.checkpoint import LINEAGE
 from longrun.errors import BadModel
 from longrun.job import Job, JobState
 from longrun.missing import missing_of, published_lineage
+from longrun.wording import counted
 
 if TYPE_CHECKING:
     from longrun.context import Context
@@ -84,7 +85,7 @@ class Recovery:
     def _tell(self, lost: list[Job]) -> None:
         names = [job.name for job in lost]
         told = ", ".join(names[:NAMES_TOLD]) + (", ..." if len(names) > NAMES_TOLD else "")
-        count = f"{len(names)} file{'s' if len(names) > 1 else ''}, {sum(job.rows for job in lost)} rows"
+        count = f"{counted(len(names), 'file')}, {counted(sum(job.rows for job in lost), 'row')}"
         self._context.say(
             "missing",
             f"the model does not have what it learnt from {told} ({count}): `daemon.py missing` lists them,"

@@ -16,6 +16,7 @@ from longrun import checkpoint, disk, fitting, wire
 from longrun.errors import BadFile, BadModel, ModelRemoved
 from longrun.job import Job, JobState
 from longrun.plan import Plan, make_plan
+from longrun.wording import counted
 from longrun.worker import Child
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ class Runs:
         say, recipe = self._context.say, plan.recipe
         say(
             "planning",
-            f"{job.name}: {plan.rows} rows x {recipe.epochs} epochs, {plan.held_out_rows} rows held out,"
+            f"{job.name}: {counted(plan.rows, 'row')} x {counted(recipe.epochs, 'epoch')},"
+            f" {counted(plan.held_out_rows, 'row')} held out,"
             f" effective batch {recipe.batch_size}, learning rate {recipe.learning_rate:g},"
             f" from {newest.path.name if newest else 'the base model ' + self._context.base_model(None)}",
             job=job.number,
@@ -313,9 +315,10 @@ class Runs:
         run.started, run.rows_at_once = True, message.rows_at_once
         self._deaths = 0
         how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
+        rows = counted(message.rows_at_once, "row")
         self._context.say(
             "started",
-            f"{run.job.name}: training on {message.device}, {message.rows_at_once} rows at once, model {how}",
+            f"{run.job.name}: training on {message.device}, {rows} at once, model {how}",
             job=run.job.number,
             rows_at_once=message.rows_at_once,
             warm=message.warm,
@@ -483,7 +486,8 @@ class Runs:
         attempts = (0 if saved_step > run.start_step else run.job.attempts) + 1
         limit = self._context.settings.worker.max_attempts
         if attempts >= limit:
-            self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {attempts} attempts"})
+            tried = counted(attempts, "attempt")
+            self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {tried}"})
             return
         if kind == "out of memory":
             fitting.make_smaller(self._context, run.plan.recipe.batch_size, run.rows_at_once, attempts)

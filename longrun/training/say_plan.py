@@ -11,6 +11,7 @@ from longrun.plan import make_plan
 from longrun.training.base_model import load_tokenizer
 from longrun.training.masks import Encoder
 from longrun.training.prepare import count
+from longrun.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,10 +54,12 @@ def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int)
         base_step=step,
         recipe=settings.recipe,
     )
-    cut = f", {tally.truncated_rows} rows cut at {encoder.max_length} tokens" if tally.truncated_rows else ""
-    left_out = f", {tally.untrainable_rows} rows without a token to learn from" if tally.untrainable_rows else ""
+    truncated, untrainable = tally.truncated_rows, tally.untrainable_rows
+    cut = f", {counted(truncated, 'row')} cut at {encoder.max_length} tokens" if truncated else ""
+    left_out = f", {counted(untrainable, 'row')} without a token to learn from" if untrainable else ""
     print(  # noqa: T201
-        f"{file}: {found.rows} rows ({found.format}), {plan.recipe.epochs} epochs, {plan.held_out_rows} rows held out,"
+        f"{file}: {counted(found.rows, 'row')} ({found.format}), {counted(plan.recipe.epochs, 'epoch')},"
+        f" {counted(plan.held_out_rows, 'row')} held out,"
         f" effective batch {plan.recipe.batch_size}, from global step {step}{cut}{left_out}"
     )
     print(plan.sentence)  # noqa: T201

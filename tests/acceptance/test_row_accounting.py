@@ -125,6 +125,6 @@ def test_half_a_percent_of_a_large_file_is_evaluated_and_never_trained(accumulat
     record = accumulating.lineage["files"][-1]
     assert record["eval_loss"] > 0
     assert [file["eval_loss"] for file in accumulating.lineage["files"][:-1]] == [None] * 5
-    assert f"held-out loss {record['eval_loss']:.4f} over 1 rows" in accumulating.log
+    assert f"held-out loss {record['eval_loss']:.4f} over 1 row\n" in accumulating.log
     event = [event for event in accumulating.events if event["event"] == "trained"][-1]
     assert event["eval_loss"] == record["eval_loss"]

@@ -19,7 +19,7 @@ PACKAGE = REPOSITORY / "longrun"
 
 # From the ground up, within a floor too: a module imports only what stands before it.
 FLOORS = {
-    "values": ["errors", "job", "plan", "lineage", "rows", "wire", "manifest", "retention"],
+    "values": ["wording", "errors", "job", "plan", "lineage", "rows", "wire", "manifest", "retention"],
     "disk facts": [
         "home",
         "disk",

@@ -13,8 +13,8 @@ import pytest
 
 from longrun import disk
 from longrun.config import LogSettings
-from longrun.errors import printable
 from longrun.journal import Journal, utc_now
+from longrun.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
