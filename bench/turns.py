@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import signal
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,8 @@ def take_turns(ways: Iterable[Way]) -> None:
     RuntimeError if a command fails, with what it said last; the others are killed then.
     """
     ways = list(ways)
+    # Like Ctrl-C: who is stopped would stay so for good.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for way in itertools.cycle(ways):
             if all(way.is_done for way in ways):
