@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bench-big-", dir=args.folder) as place:
         here = Path(place).resolve()
-        run(command(LEARNING, here, here), here)
+        run(command(LEARNING, here, here), here)  # not in this process: Linux counts its memory as the children's
         for size in args.sizes:
             megabytes, rounds = map(int, size.split("x"))
             text = report(megabytes, rounds_of(megabytes, rounds, args.works, here), here)

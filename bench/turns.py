@@ -31,16 +31,16 @@ class Way:
     def __init__(self, commands: Sequence[tuple[list[str], Path]]) -> None:
         self._commands = list(commands)  # the first one runs, or is the next
         self._process: subprocess.Popen[bytes] | None = None
-        self._slices: list[tuple[float, float]] = []
+        self.slices: list[tuple[float, float]] = []  # when it began to run, and was stopped
 
     @property
     def wall_s(self) -> float:
         """Seconds that it was not stopped."""
-        return sum(ended - began for began, ended in self._slices)
+        return sum(ended - began for began, ended in self.slices)
 
     def wall_s_until(self, when: float) -> float:
         """Seconds that it was not stopped up to a moment, given in seconds since the epoch."""
-        return sum(max(0.0, min(ended, when) - began) for began, ended in self._slices)
+        return sum(max(0.0, min(ended, when) - began) for began, ended in self.slices)
 
     @property
     def is_done(self) -> bool:
@@ -58,12 +58,13 @@ class Way:
                 must_be_good(code, command, home)
                 del self._commands[0]
         send(signal.SIGSTOP, self._processes())
-        self._slices.append((began, time.time()))
+        self.slices.append((began, time.time()))
 
     def kill(self) -> None:
         send(signal.SIGKILL, list(self._processes()))  # a dead one has no children any more
         if self._process:
             self._process.wait()
+            self._process = None
 
     def _processes(self) -> Iterator[psutil.Process]:
         """The one that runs, then all that it has started: once it is stopped, it starts no more."""
