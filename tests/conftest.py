@@ -13,6 +13,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests run side by side: threads of one that wait by spinning would keep the others from the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is promised of bits is promised on a CPU: a GPU is hidden from all tests but those that ask for it.
+os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.drills.hand import Hand
