@@ -248,8 +248,8 @@ def report(megabytes: int, rounds: list[dict[str, Spent]], folder: Path) -> str:
 
 {results.explained(__doc__)}
 
-Loading Python and libraries is left out. Memory is the peak of the largest process.
-Of {results.rounds(len(rounds))}, medians (least–greatest); slices of {SLICE_S:g} s.
+Loading Python and libraries is left out. Memory is the peak of the largest process, with the pages of files that it
+maps, as datasets does. Of {results.rounds(len(rounds))}, medians (least–greatest); slices of {SLICE_S:g} s.
 
 {results.table(("goal", "bound", "found", ""), goals(megabytes, rounds))}
 
