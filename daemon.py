@@ -41,6 +41,10 @@ def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
         from longrun import demo
 
         return demo.run(args.home)
+    if args.command == "doctor":
+        from longrun import doctor
+
+        return doctor.run(home, flags)
     from longrun import commands
 
     operator_commands: dict[str, Callable[[], int]] = {
@@ -55,7 +59,6 @@ def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
         "put": lambda: commands.put(home, args.files),
         "check": lambda: commands.check(home, args.file, flags),
         "logs": lambda: commands.logs(home, follow=args.follow),
-        "doctor": lambda: commands.doctor(home, flags),
     }
     return operator_commands[args.command]()
 

@@ -1,25 +1,22 @@
-"""What operators type: each command of daemon.py but `run` and `demo`. Standard library only, so all answer at once."""
+"""What operators type: the commands of daemon.py but `run`, `demo` and `doctor`.
+
+Standard library only, and of it, as of Longrun, at the top only what `status` needs: so it answers at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, config, disk, requests, status
-from longrun.archive import ACCEPTED
-from longrun.errors import BadConfig, BadFile, ExitCode, LongrunError, NotRunning
-from longrun.plan import make_plan
+from longrun import disk, requests, status
+from longrun.errors import BadFile, ExitCode, LongrunError, NotRunning
 from longrun.wording import counted, printable
-from longrun.worker import PROGRAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from longrun.home import Home
@@ -193,6 +190,8 @@ def _running(home: Home) -> dict[str, Any]:
 
 def retry(home: Home, name: str) -> int:
     """Put a rejected file, or a copy of a trained one, into the inbox again: it trains as a new job."""
+    from longrun import archive
+
     try:
         target = archive.take_back(home, name)
     except FileNotFoundError:
@@ -229,10 +228,14 @@ def retry_missing(home: Home) -> int:
 
 def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     """Back the model up, verified, and remove it: the next file trains from the base model at step 0."""
+    import shlex
+
+    from longrun import config
     from longrun.backups import back_up
     from longrun.manifest import BackupType
     from longrun.replacing import alone_with_model
     from longrun.store import Store
+    from longrun.worker import PROGRAM
 
     store = Store(config.load(home.settings, flags=flags).backup.folder(home.root))
     step = status.published_step(home)
@@ -268,9 +271,11 @@ def _ask(question: str) -> None:
 
 def put(home: Home, files: list[Path]) -> int:
     """Copy files into the inbox so that they appear there whole."""
+    from longrun import archive
+
     for file in files:
         _check_is_file(file, "put")
-        if not ACCEPTED.search(file.name):
+        if not archive.ACCEPTED.search(file.name):
             raise LongrunError(f"cannot put {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst")
     disk.make_folder(home.inbox)
     for file in files:
@@ -286,7 +291,9 @@ def _check_is_file(file: Path, what: str) -> None:
 
 def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
     """Examine a file as the daemon would, without training it."""
+    from longrun import config
     from longrun.examine import examine
+    from longrun.plan import make_plan
 
     _check_is_file(file, "check")
     settings = config.load(home.settings, flags=flags)
@@ -316,104 +323,11 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
 
 def logs(home: Home, *, follow: bool) -> int:
     """The end of the log; with `follow`, what comes too, over rotations."""
+    import subprocess
+
     if not home.log.exists():
         raise LongrunError(f"there is no log yet at {home.log}", hint="start the daemon with `python daemon.py run`")
     command = ["tail", "-n", str(TAIL_LINES), *(["-F"] if follow else []), str(home.log)]
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, check=False)
     return ExitCode.OK
-
-
-# -- doctor
-
-
-def doctor(home: Home, flags: dict[str, Any]) -> int:
-    """Look at everything that training needs and say what is wrong with it; FAILURE if something is."""
-    fine = True
-    for name, look in _EXAMINATIONS.items():
-        try:
-            verdict, good = look(home, flags), True
-        except (LongrunError, OSError, subprocess.SubprocessError) as error:
-            verdict, good = str(error), False
-        fine &= good
-        say(f"{'ok  ' if good else 'BAD '} {name:<12} {printable(verdict)}")
-    return ExitCode.OK if fine else ExitCode.FAILURE
-
-
-def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
-    settings = config.load(home.settings, flags=flags)
-    given = [f"{key} from {source}" for key, source in settings.sources.items()]
-    return f"{home.settings.name}: {', '.join(given) or 'all defaults'}"
-
-
-def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    from longrun.compose import check_one_file_system
-
-    home.check()
-    home.make()
-    check_one_file_system(home)
-    probe = home.state / "doctor.probe"
-    disk.write_file(probe, b"")
-    disk.remove_file(probe)
-    held = disk.holder(home.daemon_lock)
-    who = f"; held by {held.get('what')} (pid {held.get('pid')})" if held else "; no daemon runs"
-    return f"{home.root} can be written{who}"
-
-
-def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    free = shutil.disk_usage(home.root).free
-    if free < config.MEBIBYTE * 256:
-        raise LongrunError(f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model")
-    return f"{free / 1e9:.1f} GB are free"
-
-
-def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    from longrun.inbox import has_writer
-
-    probe = home.inbox / ".doctor.probe"
-    with probe.open("wb"):
-        seen = has_writer(probe)
-    disk.remove_file(probe)
-    if seen is None:
-        return "open writers cannot be seen on this file system: a file settles after 10 s without a change"
-    return "open writers can be seen: a file settles 1 s after its last change"
-
-
-def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for name in ("torch", "transformers", "accelerate", "datasets", "trl", "watchdog"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            raise LongrunError(f"{name} is not installed", hint="pip install -e . in a virtual environment") from None
-    return ", ".join(found)
-
-
-def _look_at_device(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    command = [sys.executable, str(PROGRAM), "--device"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if answer.returncode:
-        raise LongrunError((answer.stderr.strip().splitlines() or ["torch cannot be started"])[-1])
-    return answer.stdout.strip().splitlines()[-1]
-
-
-def _look_at_base_model(home: Home, flags: dict[str, Any]) -> str:
-    source = config.load(home.settings, flags=flags).model.base_model
-    command = [sys.executable, str(PROGRAM), "--check-base", source]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode:
-        raise BadConfig((answer.stderr.strip().splitlines() or [f"{source} cannot be loaded"])[-1])
-    return source
-
-
-_EXAMINATIONS: dict[str, Callable[[Home, dict[str, Any]], str]] = {
-    "settings": _look_at_settings,
-    "home": _look_at_home,
-    "disk": _look_at_disk,
-    "inbox": _look_at_inbox,
-    "packages": _look_at_packages,
-    "device": _look_at_device,
-    "base model": _look_at_base_model,
-}

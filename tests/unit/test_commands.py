@@ -339,59 +339,6 @@ def test_logs_shows_the_end_of_the_log(
     assert ran == [["tail", "-n", "40", *how, str(home.log)]]
 
 
-# -- doctor
-
-
-def answer(returncode: int, stdout: str = "", stderr: str = "") -> Any:
-    return lambda command, **_: subprocess.CompletedProcess(command, returncode, stdout, stderr)
-
-
-def test_the_doctor_finds_a_healthy_home_healthy(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(subprocess, "run", answer(0, "some noise\ncpu\n"))
-    assert commands.doctor(home, {"train.seed": 5}) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told] == ["ok"] * len(commands._EXAMINATIONS)
-    assert "ok   settings     longrun.toml: train.seed from flag" in told
-    assert "ok   device       cpu" in told
-    assert not list(home.inbox.iterdir())
-
-
-@pytest.mark.usefixtures("daemon")
-def test_the_doctor_finds_what_is_wrong(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    home.settings.write_text("[train]\nmax_steps = 5")
-    monkeypatch.setattr(subprocess, "run", answer(1, "", "trace\nbad luck\n"))
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda _: type("", (), {"free": 1}))
-    monkeypatch.setattr("importlib.metadata.version", fail_to_find)
-    monkeypatch.setattr("longrun.inbox.has_writer", lambda _: None)
-    assert commands.doctor(home, {}) == 1
-    told = capsys.readouterr().out
-    bad = [line[5:].split()[0] for line in told.splitlines() if line.startswith("BAD")]
-    assert bad == ["settings", "disk", "packages", "device", "base"]
-    assert "BAD  device       bad luck" in told
-    assert "held by the Longrun daemon (pid" in told
-    assert "open writers cannot be seen" in told
-
-
-def fail_to_find(name: str) -> str:
-    import importlib.metadata
-
-    raise importlib.metadata.PackageNotFoundError(name)
-
-
-def test_the_doctor_names_a_base_model_that_cannot_be_loaded(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(subprocess, "run", answer(1))
-    commands.doctor(home, {"model.base_model": "org/name"})
-    told = capsys.readouterr().out
-    assert "BAD  base model   org/name cannot be loaded" in told
-    assert "BAD  device       torch cannot be started" in told
-
-
 def test_only_files_that_would_be_trained_can_be_put(home: Home, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(LongrunError, match=r"does not end in \.jsonl"):

@@ -1,0 +1,111 @@
+"""`daemon.py doctor`: a look at everything that training needs, before it is needed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from longrun import config, disk
+from longrun.commands import say
+from longrun.errors import BadConfig, ExitCode, LongrunError
+from longrun.wording import printable
+from longrun.worker import PROGRAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from longrun.home import Home
+
+
+def run(home: Home, flags: dict[str, Any]) -> int:
+    """Say what is wrong, and of the rest how it is; FAILURE if something is wrong."""
+    fine = True
+    for name, look in _EXAMINATIONS.items():
+        try:
+            verdict, good = look(home, flags), True
+        except (LongrunError, OSError, subprocess.SubprocessError) as error:
+            verdict, good = str(error), False
+        fine &= good
+        say(f"{'ok  ' if good else 'BAD '} {name:<12} {printable(verdict)}")
+    return ExitCode.OK if fine else ExitCode.FAILURE
+
+
+def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
+    settings = config.load(home.settings, flags=flags)
+    given = [f"{key} from {source}" for key, source in settings.sources.items()]
+    return f"{home.settings.name}: {', '.join(given) or 'all defaults'}"
+
+
+def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from longrun.compose import check_one_file_system
+
+    home.check()
+    home.make()
+    check_one_file_system(home)
+    probe = home.state / "doctor.probe"
+    disk.write_file(probe, b"")
+    disk.remove_file(probe)
+    held = disk.holder(home.daemon_lock)
+    who = f"; held by {held.get('what')} (pid {held.get('pid')})" if held else "; no daemon runs"
+    return f"{home.root} can be written{who}"
+
+
+def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    free = shutil.disk_usage(home.root).free
+    if free < config.MEBIBYTE * 256:
+        raise LongrunError(f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model")
+    return f"{free / 1e9:.1f} GB are free"
+
+
+def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from longrun.inbox import has_writer
+
+    probe = home.inbox / ".doctor.probe"
+    with probe.open("wb"):
+        seen = has_writer(probe)
+    disk.remove_file(probe)
+    if seen is None:
+        return "open writers cannot be seen on this file system: a file settles after 10 s without a change"
+    return "open writers can be seen: a file settles 1 s after its last change"
+
+
+def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("torch", "transformers", "accelerate", "datasets", "trl", "watchdog"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            raise LongrunError(f"{name} is not installed", hint="pip install -e . in a virtual environment") from None
+    return ", ".join(found)
+
+
+def _look_at_device(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+    command = [sys.executable, str(PROGRAM), "--device"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if answer.returncode:
+        raise LongrunError((answer.stderr.strip().splitlines() or ["torch cannot be started"])[-1])
+    return answer.stdout.strip().splitlines()[-1]
+
+
+def _look_at_base_model(home: Home, flags: dict[str, Any]) -> str:
+    source = config.load(home.settings, flags=flags).model.base_model
+    command = [sys.executable, str(PROGRAM), "--check-base", source]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode:
+        raise BadConfig((answer.stderr.strip().splitlines() or [f"{source} cannot be loaded"])[-1])
+    return source
+
+
+_EXAMINATIONS: dict[str, Callable[[Home, dict[str, Any]], str]] = {
+    "settings": _look_at_settings,
+    "home": _look_at_home,
+    "disk": _look_at_disk,
+    "inbox": _look_at_inbox,
+    "packages": _look_at_packages,
+    "device": _look_at_device,
+    "base model": _look_at_base_model,
+}

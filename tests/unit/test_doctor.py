@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from longrun import disk, doctor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from longrun.home import Home
+
+
+@pytest.fixture
+def daemon(home: Home) -> Iterator[disk.Lock]:
+    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
+        yield lock
+
+
+def answer(returncode: int, stdout: str = "", stderr: str = "") -> Any:
+    return lambda command, **_: subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
+
+def test_the_doctor_finds_a_healthy_home_healthy(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", answer(0, "some noise\ncpu\n"))
+    assert doctor.run(home, {"train.seed": 5}) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["ok"] * len(doctor._EXAMINATIONS)
+    assert "ok   settings     longrun.toml: train.seed from flag" in told
+    assert "ok   device       cpu" in told
+    assert not list(home.inbox.iterdir())
+
+
+@pytest.mark.usefixtures("daemon")
+def test_the_doctor_finds_what_is_wrong(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.settings.write_text("[train]\nmax_steps = 5")
+    monkeypatch.setattr(subprocess, "run", answer(1, "", "trace\nbad luck\n"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("", (), {"free": 1}))
+    monkeypatch.setattr("importlib.metadata.version", fail_to_find)
+    monkeypatch.setattr("longrun.inbox.has_writer", lambda _: None)
+    assert doctor.run(home, {}) == 1
+    told = capsys.readouterr().out
+    bad = [line[5:].split()[0] for line in told.splitlines() if line.startswith("BAD")]
+    assert bad == ["settings", "disk", "packages", "device", "base"]
+    assert "BAD  device       bad luck" in told
+    assert "held by the Longrun daemon (pid" in told
+    assert "open writers cannot be seen" in told
+
+
+def fail_to_find(name: str) -> str:
+    import importlib.metadata
+
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_the_doctor_names_a_base_model_that_cannot_be_loaded(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", answer(1))
+    doctor.run(home, {"model.base_model": "org/name"})
+    told = capsys.readouterr().out
+    assert "BAD  base model   org/name cannot be loaded" in told
+    assert "BAD  device       torch cannot be started" in told
