@@ -33,18 +33,24 @@ def main(argv: list[str]) -> int:
 
 def _do(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
     """Imports stand where they are needed: status must answer at once, and only run needs it all."""
-    if args.command == "run":
-        from longrun import compose
+    match args.command:
+        case "run":
+            from longrun import compose
 
-        return compose.run(home, flags, drain=args.drain)
-    if args.command == "demo":
-        from longrun import demo
+            return compose.run(home, flags, drain=args.drain)
+        case "demo":
+            from longrun import demo
 
-        return demo.run(args.home)
-    if args.command == "doctor":
-        from longrun import doctor
+            return demo.run(args.home)
+        case "doctor":
+            from longrun import doctor
 
-        return doctor.run(home, flags)
+            return doctor.run(home, flags)
+        case _:
+            return _operate(args, home, flags)
+
+
+def _operate(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int:
     from longrun import commands
 
     operator_commands: dict[str, Callable[[], int]] = {

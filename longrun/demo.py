@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun import status
+from longrun.commands import say
 from longrun.errors import BadConfig, ExitCode, LongrunError
 from longrun.home import Home
 
@@ -55,10 +56,6 @@ def run(folder: str | None) -> int:
     _show_answer(home)
     say(_NEXT.format(home=home.root))
     return ExitCode.OK if good else ExitCode.FAILURE
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)  # noqa: T201
 
 
 def _fresh_home(folder: str | None) -> Home:
