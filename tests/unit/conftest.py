@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from longrun import disk
 from longrun.home import Home
 from longrun.store import Store
 from tests.unit.builders import plain_model
@@ -20,6 +21,13 @@ def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
     home.make()
     return home
+
+
+@pytest.fixture
+def daemon(home: Home) -> Iterator[disk.Lock]:
+    """The lock of a daemon that runs on the home, as far as others can tell."""
+    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
+        yield lock
 
 
 @pytest.fixture

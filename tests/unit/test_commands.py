@@ -17,7 +17,6 @@ from longrun.lineage import InProgress
 from tests.unit.builders import job, lineage_at, plan_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from longrun.home import Home
@@ -32,12 +31,6 @@ CURRENT = {
     "done_steps": 1,
     "eta_s": 3.2,
 }
-
-
-@pytest.fixture
-def daemon(home: Home) -> Iterator[disk.Lock]:
-    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
-        yield lock
 
 
 def note(home: Home, **facts: Any) -> None:

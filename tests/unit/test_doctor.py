@@ -5,18 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import disk, doctor
+from longrun import doctor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from longrun.home import Home
-
-
-@pytest.fixture
-def daemon(home: Home) -> Iterator[disk.Lock]:
-    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
-        yield lock
 
 
 def answer(returncode: int, stdout: str = "", stderr: str = "") -> Any:
