@@ -318,7 +318,7 @@ class Runs:
         rows = counted(message.rows_at_once, "row")
         self._context.say(
             "started",
-            f"{run.job.name}: training on {message.device}, {rows} at once, model {how}",
+            f"{run.job.name}: training on {message.device}, at most {rows} at once, model {how}",
             job=run.job.number,
             rows_at_once=message.rows_at_once,
             warm=message.warm,
