@@ -43,8 +43,7 @@ def worker(home: Home, socket: Path, options_json: str) -> None:
 
 def _work(home: Home, options_json: str, channel: wire.Channel | None) -> None:
     if "WORLD_SIZE" not in os.environ:
-        # More than one visible GPU would make the Trainer of a single process split every batch over them.
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        keep_to_one_gpu()
     from longrun.training.run import Options, Runner, Silence
 
     line = channel or Silence()
@@ -58,6 +57,11 @@ def _work(home: Home, options_json: str, channel: wire.Channel | None) -> None:
     except wire.Closed:
         # The other processes wait for a word that will not come; the launcher ends them with this one.
         sys.exit(runner.world.size > 1)
+
+
+def keep_to_one_gpu() -> None:
+    """Hide all GPUs but the first that may be seen: over several, the Trainer of one process splits every batch."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def _train(runner: Runner, channel: Line, task: wire.Train) -> None:

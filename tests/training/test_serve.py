@@ -46,3 +46,12 @@ def test_the_preparer_tells_what_no_file_is_to_blame_for(monkeypatch, name, kind
     task = wire.Examine(job=7, path="x.jsonl", on_bad_row="reject", max_line_bytes=100)
     failed = serve.Preparer(channel=None).do(task)
     assert (failed.job, failed.kind) == (7, kind)
+
+
+@pytest.mark.parametrize(("allowed", "left"), {None: "0", "2,3": "2", "1": "1", "": ""}.items())
+def test_a_single_process_keeps_to_the_first_gpu_that_it_may_see(monkeypatch, allowed, left):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    serve.keep_to_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
