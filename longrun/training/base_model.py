@@ -43,7 +43,9 @@ def find_device(dtype: str = "auto") -> Device:
     name = torch.cuda.get_device_name(0)
     if dtype == "float32":
         return Device("cuda", bf16=False, why=f"{name}, dtype is set to float32")
-    bf16 = torch.cuda.is_bf16_supported()
+    # GPUs before Ampere emulate it, slower than float32: 1.85 times on a GTX 1080, as measured in
+    # github.com/kubeedge/ianvs/issues/888.
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Device("cuda", bf16=bf16, why=f"{name}, which {'computes' if bf16 else 'cannot compute'} in bf16")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,19 +100,25 @@ def test_rows_are_cut_where_the_model_takes_no_more_whatever_the_settings_say(tm
     assert (facts["cut_at"], facts["longest"], facts["truncated_rows"]) == (32, 32, 1)
 
 
+AMPERE, TURING = SimpleNamespace(major=8), SimpleNamespace(major=7)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "computes_bf16", "told"),
+    ("dtype", "generation", "told"),
     [
-        ("auto", True, "cuda with bf16 (Some GPU, which computes in bf16)"),
-        ("bfloat16", True, "cuda with bf16 (Some GPU, which computes in bf16)"),
-        ("auto", False, "cuda (Some GPU, which cannot compute in bf16)"),
-        ("float32", True, "cuda (Some GPU, dtype is set to float32)"),
+        ("auto", AMPERE, "cuda with bf16 (Some GPU, which computes in bf16)"),
+        ("bfloat16", AMPERE, "cuda with bf16 (Some GPU, which computes in bf16)"),
+        ("auto", TURING, "cuda (Some GPU, which cannot compute in bf16)"),
+        ("float32", AMPERE, "cuda (Some GPU, dtype is set to float32)"),
     ],
 )
-def test_a_gpu_trains_in_bf16_where_it_can_and_may(monkeypatch, dtype, computes_bf16, told):
+def test_a_gpu_trains_in_bf16_where_it_can_and_may(monkeypatch, dtype, generation, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: computes_bf16)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: generation)
+    # A Turing holds bf16 numbers and computes with them, by emulation.
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
     assert str(base_model.find_device(dtype)) == told
 
 
