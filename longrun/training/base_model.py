@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 HUB_TIMEOUT_S = 5
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# The last is how cuBLAS and cuDNN, which allocate besides torch, say it.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 
 
 @dataclass(frozen=True)

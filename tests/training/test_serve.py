@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+import torch
 
 from longrun import examine, wire
 from longrun.training import serve
@@ -20,9 +21,9 @@ def refused(name):
     return OSError(number, os.strerror(number))
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS.items())
-def test_the_worker_tells_what_no_file_is_to_blame_for(name, kind):
-    task = wire.Train(
+@pytest.fixture
+def task():
+    return wire.Train(
         plan={"job": 7},
         prepared="",
         checkpoint=None,
@@ -33,8 +34,26 @@ def test_the_worker_tells_what_no_file_is_to_blame_for(name, kind):
         logging_steps=1,
         row_log=False,
     )
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_the_worker_tells_what_no_file_is_to_blame_for(task, name, kind):
     failed = serve._in_words(task, refused(name))
     assert (failed.job, failed.kind) == (7, kind)
+
+
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_whoever_finds_no_memory_the_batch_is_to_be_halved(task, error):
+    assert serve._in_words(task, error).kind == "out of memory"
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
