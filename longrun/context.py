@@ -41,7 +41,7 @@ class Context:
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
-    _settings_seen: tuple[int, ...] = (0,)
+    _settings_seen: tuple[object, ...] = ()  # the file as last judged, and the base model it was held against
     _users: int = 0  # of the model, in this process
     _model_lock: disk.Lock | None = None
 
@@ -121,6 +121,7 @@ class Context:
             self.model_removed("current_model/ was removed: starting from the base model at step 0")
         self.seen = newest
         self.lived = newest.lineage.lineage if newest else None
+        self.reload_settings(newest)  # whether they fit depends on the model
         return newest
 
     def model_removed(self, text: str, **facts: Any) -> None:
@@ -135,7 +136,7 @@ class Context:
 
     def reload_settings(self, newest: checkpoint.Checkpoint | None) -> None:
         """Take up an edited longrun.toml; one that is wrong changes nothing and raises a problem."""
-        seen = disk.signature(self.home.settings)
+        seen = (disk.signature(self.home.settings), newest and newest.lineage.base_model)
         if seen == self._settings_seen:
             return
         self._settings_seen = seen

@@ -70,6 +70,7 @@ class Runs:
         self._context = context
         self.worker = Child(context.home, "worker")
         self.current: Run | None = None
+        self._held = ""  # the lineage that the worker has in memory
         self._idle_since = 0.0
         self._deaths = 0
 
@@ -101,8 +102,8 @@ class Runs:
             self._context.reject(job, _other_rows(plan, facts["trainable_rows"]))
             return
         step = newest.global_step if newest else 0
-        if self.worker.used and newest is None:
-            self.worker.kill()  # what it holds has been trained; a new model begins from the base
+        if self.worker.used and (newest is None or newest.lineage.lineage != self._held):
+            self.worker.kill()  # a new model begins from its base, another has a configuration and tokenizer of its own
         self.warm_up(now, plan.recipe.batch_size)
         model = checkpoint.OpenModel(self._context.home, newest)
         if newest is not None:
@@ -110,10 +111,12 @@ class Runs:
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
         self._context.hold_model()  # for the length of the run
+        message = self._message(job, plan, newest)
+        self._held = newest.lineage.lineage if newest else message.lineage
         self.current = Run(
             job=job,
             plan=plan,
-            message=self._message(job, plan, newest),
+            message=message,
             model=model,
             start_step=step,
             saved_step=step,
