@@ -74,7 +74,7 @@ class Scheduled:
         before = last.get("files", 0) if last.get("lineage") == newest.lineage.lineage else 0
         files = len(newest.lineage.files)
         enough = 0 < settings.after_files <= abs(files - before)
-        age_h = (time.time() - last.get("at", 0)) / SECONDS_AN_HOUR
+        age_h = abs(time.time() - last.get("at", 0)) / SECONDS_AN_HOUR  # that clock may have been ahead
         return enough or 0 < settings.after_hours <= age_h
 
     # -- errands
