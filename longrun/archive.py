@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     OnBytes = Callable[[int], None]
 
 ACCEPTED = re.compile(r"\.jsonl(\.gz|\.zst)?\Z", re.IGNORECASE)
+TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
 NAME_MAX_BYTES = 255
 REASON = ".reason.json"
 SECONDS_A_DAY = 86400
@@ -89,9 +90,8 @@ def take_back(home: Home, name: str) -> Path:
     name = Path(name).name  # `retry rejected/NAME` is what a shell completes
     refused = home.rejected / name
     disk.make_folder(home.inbox)
-    target = free_name(home.inbox, name)
     # Copied, never renamed: the inbox may be on another file system.
-    disk.copy_file(refused if refused.is_file() else home.trained / name, target)
+    target = _arrive(refused if refused.is_file() else home.trained / name, home.inbox)
     for done in (refused, _reason_path(refused)):
         disk.remove_file(done)
     return target
@@ -138,9 +138,12 @@ def claim_again(home: Home, job: Job, found: Path) -> None:
 
 def put(home: Home, source: Path) -> Path:
     """Copy a file into the inbox so that it appears there whole."""
-    target = free_name(home.inbox, source.name)
-    disk.copy_file(source, target)
-    return target
+    return _arrive(source, home.inbox)
+
+
+def _arrive(source: Path, folder: Path) -> Path:
+    """Copy the file into the folder, never over what arrives there meanwhile; where it is."""
+    return disk.copy_new(source, lambda: free_name(folder, source.name))
 
 
 def expired(home: Home, keep_days: float) -> Iterator[Path]:

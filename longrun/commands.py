@@ -277,6 +277,9 @@ def put(home: Home, files: list[Path]) -> int:
         _check_is_file(file, "put")
         if not archive.ACCEPTED.search(file.name):
             raise LongrunError(f"cannot put {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst")
+        if archive.TEMPORARY.search(file.name):
+            why = "the inbox ignores names like this, as of files that are still being written"
+            raise LongrunError(f"cannot put {file}: {why}", hint="copy it to another name first")
     disk.make_folder(home.inbox)
     for file in files:
         say(f"inbox/{printable(archive.put(home, file).name)}")

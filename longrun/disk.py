@@ -28,7 +28,7 @@ NO_FILES_FAULT = FULL | {errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 FICLONE = 0x40049409  # ioctl_ficlone(2): share blocks, copy on write
 CHUNK_BYTES = 1 << 18  # stays in the processor's cache: faster than larger buffers, measured
 COPY_BYTES = 1 << 23  # asked of the kernel at once, and hashed while it is still in memory
-RENAME_EXCHANGE, AT_FDCWD = 2, -100  # renameat2(2)
+RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100  # renameat2(2)
 # How a file system says that it cannot clone, copy in the kernel or exchange; anything else is a failure.
 CANNOT = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
 
@@ -150,9 +150,16 @@ def move(source: Path, target: Path) -> None:
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Move a file within one file system, but never over another: FileExistsError instead."""
-    os.link(source, target)
-    source.unlink()
+    """Move a file within one file system, but never over another: FileExistsError instead.
+
+    In one step where the kernel and file system can; elsewhere a crash may leave it under both names. Not synced.
+    """
+    number = _renameat2(source, target, RENAME_NOREPLACE)
+    if number in CANNOT:
+        os.link(source, target)
+        source.unlink()
+    elif number:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
 
 
 def rename_into(source: Path, name: str, folder: int) -> None:
@@ -171,6 +178,22 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
         sync_file(temporary)
         rename(temporary, target)
+
+
+def copy_new(source: Path, find_name: Callable[[], Path]) -> Path:
+    """Copy the bytes of `source` to a name that nothing has when the copy is complete; where it is now.
+
+    `find_name` is asked again when what it found was taken meanwhile.
+    """
+    with _made_aside(find_name()) as temporary:
+        shutil.copyfile(source, temporary)
+        sync_file(temporary)
+        while True:
+            target = find_name()
+            with contextlib.suppress(FileExistsError):
+                rename_new(temporary, target)
+                sync_folder(target.parent)
+                return target
 
 
 def share_file(source: Path, target: Path) -> None:
@@ -318,18 +341,22 @@ def swap(first: Path, second: Path) -> None:
     other names: `first` as `second`, and what was to come as a name beside it that ends in ".incoming".
     OSError means that all is as it was. Not synced: an error of that would come after the fact.
     """
-    import ctypes
-
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # musl has none
-    if exchange is None:
-        number = errno.ENOSYS
-    else:
-        result = exchange(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
-        number = ctypes.get_errno() if result else 0
+    number = _renameat2(first, second, RENAME_EXCHANGE)
     if number in CANNOT:
         _swap_by_renames(first, second)
     elif number:
         raise OSError(number, os.strerror(number), str(first))
+
+
+def _renameat2(first: Path, second: Path, flag: int) -> int:
+    """0, or the number of the error: Python's os has no such rename."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # musl has none
+    if rename is None:
+        return errno.ENOSYS
+    result = rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), flag)
+    return ctypes.get_errno() if result else 0
 
 
 def _swap_by_renames(first: Path, second: Path) -> None:

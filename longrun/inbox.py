@@ -12,14 +12,13 @@ import errno
 import fcntl
 import json
 import os
-import re
 import stat
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longrun import archive, disk
-from longrun.archive import ACCEPTED
+from longrun.archive import ACCEPTED, TEMPORARY
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from longrun.config import InboxSettings
     from longrun.home import Home
 
-TEMPORARY = re.compile(r"\A[.~#]|\.(part|crdownload|tmp|swp|filepart)\Z|~\Z|\A@eaDir\Z", re.IGNORECASE)
 CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
 
@@ -61,7 +59,7 @@ class Inbox:
     @property
     def settling(self) -> list[str]:
         """Files in the inbox that are not claimed yet, for status."""
-        return sorted(self._seen)
+        return sorted(self._seen.keys() - self._told)
 
     @property
     def being_written(self) -> list[str]:
@@ -110,7 +108,10 @@ class Inbox:
 
     def _still(self, name: str, signature: Signature, now: float) -> _Seen:
         before = self._seen.get(name)
-        return before if before is not None and before.signature == signature else _Seen(signature, now)
+        if before is not None and before.signature == signature:
+            return before
+        self._told.discard(name)  # it may have been mended
+        return _Seen(signature, now)
 
     def _has_settled(self, name: str, now: float) -> bool:
         quiet_s = now - self._seen[name].since
@@ -160,13 +161,10 @@ class Inbox:
 
     def _take(self, source: Path, target: Path, number: int) -> bool:
         """Whether the file is ours now: moved, or copied where a move would not give us bytes of our own."""
+        os.close(_open(source))  # a file that can be moved but not read would be in the way of all others then
         if source.lstat().st_nlink > 1 or not _moved(source, target):
             return self._copy(source, target, number)
-        if has_writer(target):  # it opened the file between look and move: let it finish
-            source.parent.mkdir(exist_ok=True)  # it may have been removed since
-            disk.rename_new(target, archive.free_name(source.parent, source.name))
-            return False
-        return True
+        return not _given_back(self._home, target)
 
     def _copy(self, source: Path, target: Path, number: int) -> bool:
         """The copy becomes ours, beside a note of what it was made from, before the original goes.
@@ -174,6 +172,10 @@ class Inbox:
         A crash in between leaves an original that the note recognises.
         """
         signature, note = _signature(source.lstat()), self._home.job(number) / ORIGIN
+        size, free = source.lstat().st_size, disk.free_bytes(target.parent)
+        if size > free:
+            why = f"it has to be copied and does not fit: {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+            return self._leave(source.name, why, "Make room: it is tried again")
         taken = False
         try:
             disk.write_file(note, _origin(source.name, signature))
@@ -185,6 +187,16 @@ class Inbox:
                 disk.remove_file(target)
                 disk.remove_file(note)
         return taken
+
+
+def _given_back(home: Home, claimed: Path) -> bool:
+    """Whether the file went back to the inbox, because somebody opened it between look and move: it is not complete."""
+    if not has_writer(claimed):
+        return False
+    home.inbox.mkdir(exist_ok=True)  # it may have been removed since
+    disk.rename_new(claimed, archive.free_name(home.inbox, claimed.name))
+    disk.sync_folder(home.inbox)
+    return True
 
 
 def _moved(source: Path, target: Path) -> bool:
@@ -213,15 +225,16 @@ def unrecorded(home: Home, known: Callable[[int], object]) -> list[Job]:
     Their moves are durable then: what has begun to train must not be in the inbox again after a loss of power.
     """
     found = []
-    for folder in sorted(home.jobs.iterdir()):
-        if folder.name.isdecimal():
-            _finish_copy(home, folder / ORIGIN)
-            number = int(folder.name)
-            claimed = archive.claimed_files(home, number)
-            if claimed and not known(number):
-                found.append(claimed_job(number, claimed[0].name))
-            elif not known(number):
-                disk.remove_tree(folder, home.staging)
+    for folder in sorted(folder for folder in home.jobs.iterdir() if folder.name.isdecimal()):
+        _finish_copy(home, folder / ORIGIN)
+        number = int(folder.name)
+        if known(number):
+            continue
+        claimed = archive.claimed_files(home, number)
+        if claimed and not _given_back(home, claimed[0]):
+            found.append(claimed_job(number, claimed[0].name))
+        else:
+            disk.remove_tree(folder, home.staging)
     _make_durable(home, found)
     return found
 
@@ -252,7 +265,7 @@ def has_writer(path: Path) -> bool | None:
     if not hasattr(fcntl, "F_SETLEASE"):
         return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = _open(path)
     except OSError:
         return None
     try:
@@ -263,6 +276,10 @@ def has_writer(path: Path) -> bool | None:
     finally:
         os.close(descriptor)
     return False
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def _look(entry: os.DirEntry[str]) -> dict[str, Signature]:

@@ -1,7 +1,8 @@
 """The daemon's loop: the one place that knows the order of things.
 
 A life in three verbs: `_start`, `tick` until it says "leave", `_leave`. A tick is a list of calls, none of which
-blocks; whatever it was doing when the process dies, the next start finds the same situation on disk.
+waits; the longest copies a file from an inbox on another file system. Whatever it was doing when the process dies,
+the next start finds the same situation on disk.
 """
 
 from __future__ import annotations

@@ -336,6 +336,9 @@ def test_only_files_that_would_be_trained_can_be_put(home: Home, tmp_path: Path)
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(LongrunError, match=r"does not end in \.jsonl"):
         commands.put(home, [tmp_path / "README.md"])
+    (tmp_path / ".x.jsonl").write_text("{}")
+    with pytest.raises(LongrunError, match="the inbox ignores names like this"):
+        commands.put(home, [tmp_path / ".x.jsonl"])
     assert list(home.inbox.iterdir()) == []
 
 

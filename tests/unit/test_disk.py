@@ -116,13 +116,39 @@ def test_a_name_in_a_folder_held_open_is_durable(tmp_path: Path, disk_log: list[
     assert disk_log == ["rename checkpoint-1", "sync model"]
 
 
-def test_a_new_name_never_replaces_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_new_name_never_replaces_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(disk, "RENAME_NOREPLACE", 1 << 20)  # which no kernel knows
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "b").write_bytes(b"2")
     with pytest.raises(FileExistsError):
         disk.rename_new(tmp_path / "a", tmp_path / "b")
     disk.rename_new(tmp_path / "a", tmp_path / "c")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"b": b"2", "c": b"1"}
+
+
+def test_a_move_to_a_new_name_cannot_be_killed_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    for step in ("link", "unlink"):
+        monkeypatch.delattr(os, step)
+    disk.rename_new(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_copy_to_a_new_name_leaves_what_came_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"mine")
+    names = iter(["x", "x", "y"])
+
+    def find_name() -> Path:
+        name = next(names)
+        if name == "x":
+            (tmp_path / "x").write_bytes(b"theirs")
+        return tmp_path / name
+
+    assert disk.copy_new(tmp_path / "in", find_name) == tmp_path / "y"
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {"in": b"mine", "x": b"theirs", "y": b"mine"}
 
 
 def test_a_removed_folder_takes_no_new_names_even_if_another_stands_at_its_path(tmp_path: Path) -> None:

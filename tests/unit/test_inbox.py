@@ -356,6 +356,56 @@ def test_a_writer_and_a_new_file_of_its_name_both_stay(home: Home, box: Inbox, m
     }
 
 
+@pytest.mark.parametrize("writing", [True, False])
+def test_a_claim_that_died_before_it_was_recorded_goes_back_while_somebody_writes_it(home: Home, writing: bool) -> None:
+    home.claimed(1).mkdir(parents=True)
+    with (home.claimed(1) / "x.jsonl").open("wb") as writer:
+        writer.write(b"{}")
+        writer.close() if not writing else writer.flush()
+        jobs = inbox.unrecorded(home, lambda _: None)
+    if writing:
+        assert (jobs, [path.name for path in home.inbox.iterdir()]) == ([], ["x.jsonl"])
+        assert list(home.jobs.iterdir()) == []
+    else:
+        assert [job.name for job in jobs] == ["x.jsonl"]
+        assert claimed(home) == {"000001/x.jsonl": b"{}"}
+
+
+def test_a_file_that_can_be_moved_but_not_read_is_left_and_told(
+    home: Home, box: Inbox, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = drop(home, "x.jsonl")
+    real = os.open
+    with monkeypatch.context() as patched:  # root may read everything
+        patched.setattr(os, "open", lambda file, *rest, **more: refuse() if file == path else real(file, *rest, **more))
+        names = settled(box)
+        assert names == ["x.jsonl"]
+        assert box.claim(names, 1) == []
+        assert (box.settling, box.left_alone) == ([], ["x.jsonl"])
+    assert path.exists()
+    assert [text for _, text in told] == [
+        "inbox/x.jsonl is left alone: it cannot be taken (Permission denied). change its owner or mode"
+    ]
+    path.chmod(0o644)
+    box.scan(1000.0)
+    assert (box.settling, box.left_alone) == (["x.jsonl"], [])
+    assert [job.name for job in box.claim(box.scan(2000.0), 1)] == ["x.jsonl"]
+
+
+def test_a_file_that_must_be_copied_and_does_not_fit_stops_no_other(
+    home: Home, box: Inbox, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(home, "large.jsonl", b"x" * 3_000_000)
+    drop(home, "small.jsonl", b"{}")
+    fail_for(monkeypatch, home.inbox, errno.EXDEV)
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "free_bytes", lambda _: 1_000_000)
+        assert [job.name for job in box.claim(settled(box), 1)] == ["small.jsonl"]
+    (text,) = (text for _, text in told)
+    assert "it has to be copied and does not fit: 3 MB, and 1 MB are free. Make room: it is tried again" in text
+    assert [job.name for job in box.claim(settled(box), 2)] == ["large.jsonl"]
+
+
 def fail_for(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
     """Path.rename out of `folder` fails with this error number."""
     real = Path.rename
