@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments
 
 from longrun import checkpoint, disk, wire
-from longrun.errors import LongrunError
+from longrun.errors import BadConfig, LongrunError
 from longrun.home import FACTS
 from longrun.journal import utc_now
 from longrun.lineage import Lineage
@@ -192,7 +192,14 @@ class Runner:
         )
         with trainer.accelerator.autocast():
             collator.only_trained = only_where_trained(model)
-            self._adds_up = trainer.model_accepts_loss_kwargs and adds_up(model)
+            # Tried, because the flag that some models carry about it is about their own training scripts.
+            self._adds_up = trainer.model_accepts_loss_kwargs = adds_up(model)
+        if self.world.size > 1 and not self._adds_up:
+            raise BadConfig(
+                f"worker.processes = {self.world.size} cannot share the steps of {task.base_model}: its losses of parts"
+                " do not add up to the loss of the step",
+                hint="set worker.processes to 1",
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.in_memory = InMemory(weights=newest.digest if newest else "")
         # Imports and model are here for life: without this each train() spends 0.2 s collecting them.
@@ -439,6 +446,7 @@ class Session:
             for message in self._channel.receive(LOOK_FOR_ROOM_S):
                 if isinstance(message, wire.Stop):
                     raise DiskFull("asked to stop while there is no room for a checkpoint")
+        self._world.share(None)  # the others wait here, where no time limit is, and not at the writing
 
     def _need_bytes(self) -> int:
         """Weights, and for each trained one the two moments of Adam; the published copy shares its blocks."""

@@ -136,6 +136,15 @@ class PlannedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         pass
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The Trainer's, but several chat templates go into tokenizer_config.json, not into a folder: ours are flat."""
+        tokenizer: Any = self.processing_class
+        self.processing_class = None
+        super()._save(output_dir, state_dict)
+        self.processing_class = tokenizer
+        several = isinstance(tokenizer.chat_template, dict)
+        tokenizer.save_pretrained(output_dir, save_jinja_files=not several)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer writes the files, the run makes them a checkpoint: complete, verified, or not there."""
         write = super()._save_checkpoint

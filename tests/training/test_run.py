@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from longrun import disk, wire
-from longrun.training import base_model
+from longrun.errors import BadConfig
+from longrun.training import base_model, run
 from longrun.training.metrics import Diverged
 from longrun.training.order import held_out_rows, training_order
 from tests.training.workshop import RECIPE, Workshop
@@ -346,3 +348,34 @@ def test_a_model_that_was_exchanged_is_gone_on_from_as_it_is(make_workshop, rest
     workshop.train_file("d", FILES["d"])
     assert workshop.state() == reference.state()
     assert [record.name for record in workshop.newest.lineage.files] == ["job 1", "job 2", "job 4"]
+
+
+def test_a_model_with_several_chat_templates_keeps_them_in_a_flat_checkpoint(make_workshop, dropout_model, tmp_path):
+    base = shutil.copytree(dropout_model, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{# tools #}" + tokenizer.chat_template}
+    tokenizer.save_pretrained(base)
+    workshop = make_workshop(base_model=str(base))
+    for name in ("a", "b"):  # the second from a checkpoint
+        workshop.restart()
+        workshop.train_file(name, 13)
+    assert not [path for path in workshop.newest.path.iterdir() if path.is_dir()]
+    published = AutoTokenizer.from_pretrained(workshop.home.model)
+    assert published.chat_template == tokenizer.chat_template
+
+
+def test_a_step_is_the_same_in_parts_whatever_a_model_says_of_its_loss(make_workshop, monkeypatch):
+    told = make_workshop("told", per_device=4)
+    told.train_file("a", 24)
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)  # as Gemma 4's do
+    modest = make_workshop("modest", per_device=4)
+    modest.train_file("a", 24)
+    wanted, found = told.state(), modest.state()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def test_processes_do_not_share_the_steps_of_a_model_whose_loss_does_not_add_up(workshop, monkeypatch):
+    monkeypatch.setattr(run, "adds_up", lambda _: False)
+    workshop.runner.world.size = 2
+    with pytest.raises(BadConfig, match=r"worker\.processes = 2 cannot share the steps"):
+        workshop.train_file("a", 24)
