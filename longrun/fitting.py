@@ -45,8 +45,20 @@ def _learnt(context: Context) -> dict[str, int]:
 
 
 def _situation(context: Context, batch_size: int) -> str:
-    """What the lesson holds for; in another situation more may fit."""
-    return f"{batch_size} x {context.settings.train.max_length} tokens, {context.settings.model.base_model}"
+    """What the lesson holds for; in another situation more may fit.
+
+    Whoever changes one of these may do so because of the lesson.
+    """
+    model, train = context.settings.model, context.settings.train
+    besides = (
+        model.dtype,
+        model.attn_implementation,
+        train.optim,
+        train.gradient_checkpointing,
+        train.per_device_train_batch_size,
+        context.settings.worker.processes,
+    )
+    return f"{batch_size} x {train.max_length} tokens, {model.base_model}, {' '.join(map(str, besides))}"
 
 
 def _even_share(batch_size: int, processes: int, limit: int) -> int:

@@ -1,0 +1,70 @@
+"""How many rows go onto a device at once, and how long an out of memory is remembered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from longrun import fitting
+from longrun.config import Settings
+from longrun.errors import BadModel
+from longrun.ledger import Ledger
+
+if TYPE_CHECKING:
+    from longrun.home import Home
+
+
+@pytest.fixture
+def context(home: Home) -> Any:
+    return SimpleNamespace(settings=Settings(), ledger=Ledger.open(home.ledger), say=lambda *_, **__: None)
+
+
+def change(context: Any, section: str, **values: Any) -> None:
+    changed = replace(getattr(context.settings, section), **values)
+    context.settings = replace(context.settings, **{section: changed})
+
+
+def test_a_step_is_taken_at_once_unless_the_settings_say_fewer(context: Any) -> None:
+    assert fitting.rows_at_once(context, 8) == 8
+    change(context, "train", per_device_train_batch_size=2)
+    assert fitting.rows_at_once(context, 8) == 2
+
+
+def test_out_of_memory_halves_what_was_tried_and_leaves_the_last_attempt_one_row(context: Any) -> None:
+    fitting.make_smaller(context, 8, tried=8, attempts=1)
+    assert fitting.rows_at_once(context, 8) == 4
+    fitting.make_smaller(context, 8, tried=4, attempts=2)
+    assert fitting.rows_at_once(context, 8) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [
+        ("train", {"gradient_checkpointing": True}),
+        ("train", {"optim": "adafactor"}),
+        ("train", {"max_length": 64}),
+        ("train", {"per_device_train_batch_size": 8}),
+        ("model", {"dtype": "bfloat16"}),
+        ("model", {"attn_implementation": "sdpa"}),
+        ("model", {"base_model": "another"}),
+    ],
+)
+def test_whoever_changes_what_takes_memory_is_not_held_to_what_did_not_fit_before(
+    context: Any, section: str, changed: dict[str, Any]
+) -> None:
+    fitting.make_smaller(context, 8, tried=8, attempts=2)
+    before = context.settings
+    change(context, section, **changed)
+    assert fitting.rows_at_once(context, 8) == 8
+    context.settings = before
+    assert fitting.rows_at_once(context, 8) == 1
+
+
+def test_processes_that_cannot_share_a_step_evenly_are_told(context: Any) -> None:
+    change(context, "worker", processes=4)
+    assert fitting.rows_at_once(context, 8) == 2
+    with pytest.raises(BadModel, match="cannot share the batch of 6 rows"):
+        fitting.rows_at_once(context, 6)
