@@ -150,6 +150,8 @@ class Context:
         self.solved("settings")
         for change in config.changes(self.settings, fresh):
             self.say("setting changed", f"from the next file on: {change}")
+        if fresh.log != self.settings.log:
+            self.journal.configure(fresh.log)
         self.settings = fresh
 
     def record_of(self, job: Job, newest: checkpoint.Checkpoint | None) -> FileRecord | None:

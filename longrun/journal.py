@@ -29,14 +29,20 @@ def utc_now() -> str:
 class Journal:
     def __init__(self, home: Home, settings: LogSettings) -> None:
         self._home = home
-        self._settings = settings
         self._logger = logging.getLogger("longrun")
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        self._logger.handlers = _handlers(home, settings)
         logging.getLogger("watchdog").addHandler(logging.NullHandler())  # else Python writes its lines among ours
-        self._bar = _Bar() if sys.stderr.isatty() and settings.format == "text" else None
         self._next_progress = 0.0
+        self.configure(settings)
+
+    def configure(self, settings: LogSettings) -> None:
+        """Write as these settings say, from the next line on."""
+        self._settings = settings
+        for handler in self._logger.handlers:
+            handler.close()
+        self._logger.handlers = _handlers(self._home, settings)
+        self._bar = _Bar() if sys.stderr.isatty() and settings.format == "text" else None
 
     def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
         """Tell one event. `facts` are for machines; the text must say by itself what a person needs."""

@@ -291,6 +291,18 @@ def test_an_edited_setting_holds_from_the_next_file_on_and_a_broken_one_never(la
         assert lab.times_trained(name, rows) == {1: rows}
 
 
+def test_the_log_is_written_as_edited_settings_say(lab):
+    lab.ensure_running()
+    settings = lab.home / "longrun.toml"
+    before = settings.read_text()
+    for form in ("json", "text"):
+        settings.write_text(before.replace("[log]", f'[log]\nformat = "{form}"'))
+        lab.drop(f"{form}.jsonl", 8)
+        lab.wait_trained(f"{form}.jsonl")
+        assert lab.log.splitlines()[-1].startswith("{") == (form == "json")
+    settings.write_text(before)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

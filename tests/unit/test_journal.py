@@ -158,3 +158,16 @@ def test_progress_is_a_bar_on_a_terminal_and_makes_room_for_lines(
     assert "2/4" in shown
     assert "loss 0.5000" in shown
     assert "\x1b[31m" not in shown
+
+
+def test_other_settings_hold_from_the_next_line_on(
+    home: Home, open_journal: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = open_journal()
+    journal.say("one", "the first")
+    journal.configure(LogSettings(format="json"))
+    journal.say("two", "the second")
+    first, second = home.log.read_text().splitlines()
+    assert first.endswith(" INFO    the first")
+    assert json.loads(second)["event"] == "two"
+    assert capsys.readouterr().err.splitlines() == [first, second]
