@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.running import lines_of
+from longrun.training.serve import keep_to_one_gpu
 
 BATCH, RATE, SAVE_STEPS = 8, 2e-5, 2
 STEPS = {"save_steps": SAVE_STEPS, "logging_steps": 1, "learning_rate": RATE, "report_to": "none"}
@@ -127,7 +128,7 @@ def plain(file: Path, home: Path) -> None:
     The loss is on what the assistant says.
     """
     settings = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "save_total_limit": 2}
-    settings |= {"save_steps": int(sys.argv[4]), "logging_steps": 10}
+    settings |= {"save_steps": int(sys.argv[4]), "logging_steps": 10, "bf16": _has_gpu()}
     trainer = _trainer(_last_model(home, file), file, home / file.stem, answers=True, **settings)
     trainer.train()
     trainer.save_model(str(home / file.stem / "model"))
@@ -249,4 +250,5 @@ RECIPES: tuple[Callable[[Path, Path], None], ...] = (
 )
 
 if __name__ == "__main__":
+    keep_to_one_gpu()  # as Longrun does; over several a Trainer trains more rows a step
     {recipe.__name__: recipe for recipe in RECIPES}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

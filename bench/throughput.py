@@ -84,6 +84,13 @@ class Found:
 
 
 def play(way: Way, home: Path, base: Path, files: list[Path]) -> Found:
+    try:
+        return _play(way, home, base, files)
+    finally:
+        shutil.rmtree(home)  # checkpoints of a large model: no disk has room for those of all rounds
+
+
+def _play(way: Way, home: Path, base: Path, files: list[Path]) -> Found:
     shutil.copytree(base, home / "base")
     (home / "files.json").write_text(json.dumps([file.stem for file in files]))
     way.train(home, files)
