@@ -191,7 +191,10 @@ class Preparation:
                 f"{counted(facts['untrainable_rows'], 'row')} left out (row {facts['untrainable_first']} is the first):"
                 " no token to learn from"
             )
-        level = "warning" if facts["truncated_rows"] or facts["untrainable_rows"] else "info"
+        if facts["refused_rows"]:
+            told.append(f"{counted(facts['refused_rows'], 'bad row')} skipped, the first: {facts['refused_first']}")
+        left_out = facts["truncated_rows"] + facts["untrainable_rows"] + facts["refused_rows"]
+        level = "warning" if left_out else "info"
         self._context.say("prepared", f"{job.name}: {'; '.join(told)}", level=level, job=job.number, **facts)
 
     def _failed(self, job: Job, failure: wire.Failed) -> None:

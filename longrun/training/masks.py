@@ -298,9 +298,18 @@ def _choose_mask_source(tokenizer: PreTrainedTokenizerBase) -> tuple[MaskSource,
 
     try:
         template = get_training_chat_template(tokenizer)
-    except _TEMPLATE_FAILURES:  # unknown to TRL, or it fails on TRL's trial conversation
-        return MaskSource.PREFIX_DIFFERENCES, None
+    except _TEMPLATE_FAILURES:  # unknown to TRL, which also wants more of markers than we do: no turn ever rewritten
+        return (MaskSource.OWN_MARKERS if _has_markers(tokenizer) else MaskSource.PREFIX_DIFFERENCES), None
     return (MaskSource.TRAINING_TEMPLATE if template else MaskSource.OWN_MARKERS), template
+
+
+def _has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from trl.chat_template_utils import has_generation_markers
+
+    try:
+        return bool(has_generation_markers(tokenizer.get_chat_template()))
+    except ValueError:  # it has several, and none for conversations without tools
+        return False
 
 
 def _check_turns_are_trained(row: ChatRow, turns: list[int], trained: str) -> None:

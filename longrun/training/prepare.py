@@ -57,9 +57,16 @@ class Tally:
     truncated_rows: int = 0
     untrainable_rows: int = 0  # no token to learn from is left: not trained, and said so
     untrainable_first: int | None = None  # its row number, from 1
+    refused_rows: int = 0  # by the chat template, and left out as on_bad_row says
+    refused_first: str = ""  # its row, and why
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+
+    def refuse(self, problem: BadFile) -> None:
+        self.rows += 1
+        self.refused_rows += 1
+        self.refused_first = self.refused_first or f"{problem.field}: {problem.why}"
 
     def count(self, number: int, encoded: Encoded) -> bool:
         """Book one row; whether it is trained."""
@@ -79,7 +86,8 @@ class Tally:
 def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) -> dict[str, Any]:
     """Write the prepared rows of the task's file; the facts about them, as they are written beside them.
 
-    BadFile when a row cannot be masked exactly, or when the bytes are no longer those that were examined.
+    BadFile when a row cannot be masked exactly (and bad rows are not skipped), or when the bytes are no longer those
+    that were examined.
     """
     folder = Path(task.folder)
     fresh = folder.with_name("preparing")
@@ -93,7 +101,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
         on_bad_row=task.on_bad_row,
         max_line_bytes=task.max_line_bytes,
     )
-    _write(fresh / ROWS, _encoded(reader, encoder, tally, alive))
+    _write(fresh / ROWS, _encoded(reader, encoder, tally, task.on_bad_row, alive))
     if reader.sha256 != task.sha256:
         raise BadFile("its bytes changed after it was claimed", kind="changed", hint="drop the file again")
     facts = {
@@ -118,12 +126,12 @@ def count(path: Path, row_format: RowFormat, on_bad_row: str, max_line_bytes: in
     """What preparing the file would find, without writing anything."""
     tally = Tally()
     reader = read_rows(path, row_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
-    deque(_encoded(reader, encoder, tally, lambda _: None), maxlen=0)
+    deque(_encoded(reader, encoder, tally, on_bad_row, lambda _: None), maxlen=0)
     return tally
 
 
 def _encoded(
-    reader: RowReader, encoder: Encoder, tally: Tally, alive: Callable[[str], None]
+    reader: RowReader, encoder: Encoder, tally: Tally, on_bad_row: str, alive: Callable[[str], None]
 ) -> Iterator[tuple[list[int], list[int], int]]:
     """Input ids, labels and number of each row that is trained.
 
@@ -132,7 +140,8 @@ def _encoded(
     threads = min(os.cpu_count() or 1, MOST_THREADS) if encoder.takes_threads else 1
     told = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        asked = (pool.submit(_tokenise, encoder, batch) for batch in _batches(reader, encoder))
+        batches = _batches(reader, encoder, tally, on_bad_row)
+        asked = (pool.submit(_tokenise, encoder, batch) for batch in batches)
         for encoded in _asked_ahead(asked, threads):
             for number, row in encoded:
                 if tally.count(number, row):
@@ -142,12 +151,18 @@ def _encoded(
                 alive(f"{number + 1} rows tokenised")
 
 
-def _batches(reader: RowReader, encoder: Encoder) -> Iterator[list[tuple[int, Draft]]]:
+def _batches(reader: RowReader, encoder: Encoder, tally: Tally, on_bad_row: str) -> Iterator[list[tuple[int, Draft]]]:
     """Rows as text, a batch at a time; the last one is not full."""
     batch: list[tuple[int, Draft]] = []
     characters = 0
     for number, row in reader:
-        batch.append((number, _draft(encoder, number, row)))
+        try:
+            batch.append((number, _draft(encoder, number, row)))
+        except BadFile as problem:
+            if on_bad_row != "skip":
+                raise
+            tally.refuse(problem)
+            continue
         characters += sum(map(len, batch[-1][1].texts))
         if len(batch) == ROWS_A_BATCH or characters > CHARACTERS_A_BATCH:
             yield batch

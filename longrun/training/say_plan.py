@@ -57,6 +57,8 @@ def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int)
     truncated, untrainable = tally.truncated_rows, tally.untrainable_rows
     cut = f", {counted(truncated, 'row')} cut at {encoder.max_length} tokens" if truncated else ""
     left_out = f", {counted(untrainable, 'row')} without a token to learn from" if untrainable else ""
+    if tally.refused_rows:
+        left_out += f", {counted(tally.refused_rows, 'bad row')} skipped, the first: {tally.refused_first}"
     print(  # noqa: T201
         f"{file}: {counted(found.rows, 'row')} ({found.format}), {counted(plan.recipe.epochs, 'epoch')},"
         f" {counted(plan.held_out_rows, 'row')} held out,"

@@ -99,7 +99,7 @@ class Reading:
             assert json.dumps(problem.reason()).encode()
             return
         assert facts["rows"] == found.rows, f"{found.rows} rows examined, {facts['rows']} prepared"
-        assert facts["trainable_rows"] + facts["untrainable_rows"] == found.rows
+        assert facts["trainable_rows"] + facts["untrainable_rows"] + facts["refused_rows"] == found.rows
         with pa.ipc.open_stream(str(self.folder / "prepared" / ROWS)) as stream:
             assert stream.read_all().num_rows == facts["trainable_rows"]
 

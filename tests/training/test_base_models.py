@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from longrun.errors import BadConfig
+from longrun.errors import BadConfig, BadFile
 from longrun.training import base_model
 from longrun.training.ask import ask
 from tests.lab import chat
@@ -86,6 +86,20 @@ def test_a_cut_row_is_counted_and_one_without_a_trained_token_is_left_out(tmp_pa
     counted = {key: facts[key] for key in ("rows", "trainable_rows", "truncated_rows", "untrainable_rows")}
     assert counted == {"rows": 3, "trainable_rows": 2, "truncated_rows": 2, "untrainable_rows": 1}
     assert facts["untrainable_first"] == 3
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped_where_bad_rows_are(tmp_path):
+    workshop = Workshop(tmp_path / "home", base_model=str(random_weights_folder(tmp_path / "gemma", "gemma")))
+    with_system = {"messages": [{"role": "system", "content": "Be short."}, *chat("short", "answer")["messages"]]}
+    rows = [chat("one", "answer"), with_system, chat("three", "answer"), with_system]
+    with pytest.raises(BadFile, match="does not take this conversation"):
+        workshop.prepare("a", rows)
+    job, facts = workshop.prepare("b", rows, on_bad_row="skip")
+    workshop.train(job, facts)
+    workshop.close()
+    assert (facts["trainable_rows"], facts["refused_rows"]) == (2, 2)
+    assert facts["refused_first"].startswith("row 2, messages: this model's chat template does not take")
+    assert workshop.received == {0: [1, 3]} or workshop.received == {0: [3, 1]}
 
 
 def test_rows_are_cut_where_the_model_takes_no_more_whatever_the_settings_say(tmp_path):

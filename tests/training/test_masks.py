@@ -315,6 +315,32 @@ def test_a_template_that_rewrites_earlier_turns_trains_a_last_turn_alone() -> No
     assert trained("forgetful", ChatRow(messages=REASONING, train_from=3)) == ["<think>two</think>2</s>"]
 
 
+# As Qwen3's, with the markers that a refusal asks for: thoughts stand before the last turn, and tools can be called.
+MARKED_AND_FORGETFUL = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+            {%- if loop.last %}{{- '<think></think>' }}{%- endif %}
+            {{- message.content }}
+            {%- for call in message.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) }}{%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def test_markers_tell_what_is_trained_also_where_earlier_turns_are_rewritten() -> None:
+    assert trained("marked", ChatRow(messages=TWO_TURNS), template=MARKED_AND_FORGETFUL) == [
+        ANSWER["content"] + "<|im_end|>",
+        "<think></think>Home.<|im_end|>",
+    ]
+
+
 def test_marks_that_cannot_be_told_apart_refuse_a_completion() -> None:
     marks_all_roles = FORGETFUL.replace(
         "content + eos_token }}", "'' }}{% generation %}{{ content }}{% endgeneration %}"

@@ -86,7 +86,9 @@ class Workshop:
     def newest(self) -> checkpoint.Checkpoint | None:
         return checkpoint.newest(self.home, checkpoint.Verifier(), print)
 
-    def prepare(self, name: str, rows: list[dict[str, Any]] | int) -> tuple[int, dict[str, Any]]:
+    def prepare(
+        self, name: str, rows: list[dict[str, Any]] | int, *, on_bad_row: str = "reject"
+    ) -> tuple[int, dict[str, Any]]:
         content = numbered(name, rows) if isinstance(rows, int) else rows
         self.jobs += 1
         folder = self.home.claimed(self.jobs)
@@ -98,7 +100,7 @@ class Workshop:
             path=str(path),
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             format=_format(content[0]).value,
-            on_bad_row="reject",
+            on_bad_row=on_bad_row,
             max_line_bytes=1 << 20,
             max_length=self.recipe.max_length,
             folder=str(self.home.prepared(self.jobs)),
