@@ -440,6 +440,9 @@ class Runs:
         elif failure.kind == "base model":
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise BadModel(failure.why, hint=failure.hint)
+        elif failure.kind == "prepared rows":
+            disk.remove_tree(self._context.home.prepared(run.job.number), self._context.home.staging)
+            self._retry(run, f"{failure.why}; it is prepared again", "crash")
         elif not run.started:
             self._died_at_start(run, failure.why)
         else:

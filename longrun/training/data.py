@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset as Arrow
 from torch.utils.data import Dataset
 
+from longrun import disk
+from longrun.errors import LongrunError
 from longrun.home import ROWS
 from longrun.training.loss import where_trained
 from longrun.training.masks import IGNORED
@@ -26,6 +29,10 @@ NO_ROW = -1
 NOTHING = np.zeros(1, dtype=np.int32)
 
 
+class DamagedRows(LongrunError):
+    """The prepared rows are not what was prepared; their file still is, and can be prepared again."""
+
+
 class PlannedRows(Dataset[Sample]):
     """Prepared rows, picked by `order`. Maps the file into memory; reads a row when it is asked for.
 
@@ -34,7 +41,15 @@ class PlannedRows(Dataset[Sample]):
     """
 
     def __init__(self, prepared: Path, order: NDArray[np.int64]) -> None:
-        table = Arrow.from_file(str(prepared / ROWS)).data
+        """DamagedRows when they are not there, or fewer than the order asks for."""
+        try:
+            table = Arrow.from_file(str(prepared / ROWS)).data
+        except (OSError, pa.ArrowInvalid) as error:
+            if getattr(error, "errno", None) in disk.NO_FILES_FAULT:
+                raise
+            raise DamagedRows(f"{prepared / ROWS} cannot be read: {error}") from error
+        if table.num_rows <= order.max(initial=NO_ROW):
+            raise DamagedRows(f"{prepared / ROWS} has {table.num_rows} rows, and row {order.max()} is planned")
         self._input_ids, self._labels, self._rows = (table.column(name) for name in ("input_ids", "labels", "row"))
         self._order = order
 

@@ -78,6 +78,7 @@ def _train(runner: Runner, channel: Line, task: wire.Train) -> None:
 
 def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
     from longrun.training.base_model import is_out_of_memory
+    from longrun.training.data import DamagedRows
     from longrun.training.metrics import Diverged
     from longrun.training.run import DiskFull
 
@@ -94,6 +95,8 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
         )
     if isinstance(error, ModelRemoved):
         return wire.Failed(job=job, kind="model removed", why=said)
+    if isinstance(error, DamagedRows):
+        return wire.Failed(job=job, kind="prepared rows", why=said)
     if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in disk.NO_FILES_FAULT):
         return wire.Failed(job=job, kind="disk", why=said)
     if isinstance(error, BadConfig):

@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from longrun import disk
@@ -231,6 +232,32 @@ def test_put_check_and_logs_do_as_they_say(lab, tmp_path):
     assert lab.global_step == target
     assert "good.jsonl is trained: 2 of 2 steps" in lab.command("logs").stdout
     assert good.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "gone"])
+def test_rows_that_were_damaged_after_they_were_prepared_are_prepared_again(lab, damage):
+    lab.ensure_running()
+    lab.command("pause")
+    name = f"damaged-{damage}.jsonl"
+    lab.drop(name, 24)
+    job = lab.wait_until(lambda: [e["job"] for e in lab.events if e["event"] == "prepared" and name in e["message"]])[
+        -1
+    ]
+    rows = lab.home / "state" / "jobs" / f"{job:06}" / "prepared" / "rows.arrow"
+    if damage == "cut":
+        rows.write_bytes(rows.read_bytes()[:-2000])
+    elif damage == "short":
+        with pa.OSFile(str(rows), "rb") as file, pa.ipc.open_stream(file) as stream:
+            table = stream.read_all()
+        with pa.OSFile(str(rows), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table.slice(0, 20))
+    else:
+        rows.unlink()
+    lab.command("resume")
+    lab.wait_trained(name)
+    assert lab.times_trained(f"damaged-{damage}", 24) == {1: 24}
+    assert f"{name}: {rows}" in lab.log
+    assert "it is prepared again; attempt 1 of 3 failed" in lab.log
 
 
 def test_a_full_disk_pauses_training_which_goes_on_by_itself(lab):
