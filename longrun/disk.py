@@ -162,6 +162,16 @@ def rename_new(source: Path, target: Path) -> None:
         raise OSError(number, os.strerror(number), str(source), None, str(target))
 
 
+def rename_free(source: Path, find_name: Callable[[], Path]) -> Path:
+    """`rename_new` to the name that `find_name` finds free, asked again when it is taken meanwhile; where it is now."""
+    while True:
+        target = find_name()
+        with contextlib.suppress(FileExistsError):
+            rename_new(source, target)
+            sync_folder(target.parent)
+            return target
+
+
 def rename_into(source: Path, name: str, folder: int) -> None:
     """Move `source` to `name` in the folder that the descriptor holds open, durably.
 
@@ -181,19 +191,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_new(source: Path, find_name: Callable[[], Path]) -> Path:
-    """Copy the bytes of `source` to a name that nothing has when the copy is complete; where it is now.
-
-    `find_name` is asked again when what it found was taken meanwhile.
-    """
+    """Copy the bytes of `source` to a name that nothing has when the copy is complete; where it is now."""
     with _made_aside(find_name()) as temporary:
         shutil.copyfile(source, temporary)
         sync_file(temporary)
-        while True:
-            target = find_name()
-            with contextlib.suppress(FileExistsError):
-                rename_new(temporary, target)
-                sync_folder(target.parent)
-                return target
+        return rename_free(temporary, find_name)
 
 
 def share_file(source: Path, target: Path) -> None:

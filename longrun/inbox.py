@@ -194,8 +194,7 @@ def _given_back(home: Home, claimed: Path) -> bool:
     if not has_writer(claimed):
         return False
     home.inbox.mkdir(exist_ok=True)  # it may have been removed since
-    disk.rename_new(claimed, archive.free_name(home.inbox, claimed.name))
-    disk.sync_folder(home.inbox)
+    disk.rename_free(claimed, lambda: archive.free_name(home.inbox, claimed.name))
     return True
 
 

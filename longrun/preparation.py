@@ -193,8 +193,8 @@ class Preparation:
             )
         if facts["refused_rows"]:
             told.append(f"{counted(facts['refused_rows'], 'bad row')} skipped, the first: {facts['refused_first']}")
-        left_out = facts["truncated_rows"] + facts["untrainable_rows"] + facts["refused_rows"]
-        level = "warning" if left_out else "info"
+        not_whole = facts["truncated_rows"] or facts["untrainable_rows"] or facts["refused_rows"]
+        level = "warning" if not_whole else "info"
         self._context.say("prepared", f"{job.name}: {'; '.join(told)}", level=level, job=job.number, **facts)
 
     def _failed(self, job: Job, failure: wire.Failed) -> None:
