@@ -154,10 +154,12 @@ class Inbox:
         source, target = self._home.inbox / name, self._home.claimed(number) / name
         try:
             return self._take(source, target, number)
-        except FileNotFoundError:  # it vanished meanwhile
-            return False
         except PermissionError as error:
             return self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+            return False  # it vanished meanwhile, or a symbolic link took its place
 
     def _take(self, source: Path, target: Path, number: int) -> bool:
         """Whether the file is ours now: moved, or copied where a move would not give us bytes of our own."""

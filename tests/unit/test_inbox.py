@@ -371,6 +371,16 @@ def test_a_claim_that_died_before_it_was_recorded_goes_back_while_somebody_write
         assert claimed(home) == {"000001/x.jsonl": b"{}"}
 
 
+def test_a_link_that_took_the_place_of_a_settled_file_is_not_claimed(home: Home, box: Inbox, tmp_path: Path) -> None:
+    path = drop(home, "x.jsonl")
+    names = settled(box)
+    path.rename(tmp_path / "elsewhere.jsonl")
+    path.symlink_to(tmp_path / "elsewhere.jsonl")
+    assert box.claim(names, 1) == []
+    assert path.is_symlink()
+    assert list(home.jobs.iterdir()) == []
+
+
 def test_a_file_that_can_be_moved_but_not_read_is_left_and_told(
     home: Home, box: Inbox, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
