@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from longrun.errors import Locked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
@@ -187,6 +187,15 @@ def copy_file(source: Path, target: Path) -> None:
     with _made_aside(target) as temporary:
         shutil.copyfile(source, temporary)
         sync_file(temporary)
+        rename(temporary, target)
+
+
+def copy_in_pieces(source: Path, target: Path) -> Generator[int]:
+    """`copy_file`, a piece at a time, which yields their lengths in bytes; closed before its end it leaves nothing."""
+    with _made_aside(target) as temporary:
+        with source.open("rb", buffering=0) as old, temporary.open("xb", buffering=0) as new:
+            yield from _copied(old.fileno(), new.fileno())
+            os.fsync(new.fileno())
         rename(temporary, target)
 
 

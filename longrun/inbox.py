@@ -22,7 +22,7 @@ from longrun.archive import ACCEPTED, TEMPORARY
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Iterable
     from pathlib import Path
 
     from watchdog.observers.api import BaseObserver
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
+COPY_S = 0.25  # of a tick: so long everything else waits
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
 
 Signature = tuple[int, int, int, int, int]
@@ -42,6 +43,15 @@ class _Seen:
     since: float  # monotonic seconds
 
 
+@dataclass(frozen=True)
+class _Taking:
+    """A file on its way into the folder of its job."""
+
+    name: str
+    number: int
+    steps: Generator[bool | None]  # None: there is more to do; else whether the file is ours
+
+
 class Inbox:
     def __init__(self, home: Home, settings: InboxSettings, say: Callable[..., None]) -> None:
         self._home = home
@@ -50,6 +60,7 @@ class Inbox:
         self._seen: dict[str, _Seen] = {}
         self._written: set[str] = set()
         self._told: set[str] = set()
+        self._taking: _Taking | None = None  # over more rounds than one
 
     @property
     def left_alone(self) -> list[str]:
@@ -130,18 +141,60 @@ class Inbox:
 
         The folder is the record: a crash right after the rename leaves a job folder that `unrecorded` finds. It is
         durable before anything is moved into it: a move that outlived it would take the file with it.
+
+        A file that has to be copied may take many rounds: while `copying` tells of one, `go_on_copying` comes first.
         """
         jobs: list[Job] = []
-        self._make_folders(range(first_number, first_number + min(len(names), CLAIM_AT_ONCE)))
+        numbers = range(first_number, first_number + min(len(names), CLAIM_AT_ONCE))
+        self._make_folders(numbers)
+        end = time.monotonic() + COPY_S
         for name in names[:CLAIM_AT_ONCE]:
             number = first_number + len(jobs)
-            if self._claim_one(name, number):
-                jobs.append(claimed_job(number, name))
-                self._seen.pop(name, None)
+            self._taking = _Taking(name, number, self._take(name, number))
+            jobs += self._take_further(end)
+            if self._taking is not None:
+                break  # the others wait: files are claimed in the order of their arrival
+        return self._recorded(jobs, numbers)
+
+    @property
+    def copying(self) -> int | None:
+        """The number of the job whose file is being copied."""
+        return self._taking.number if self._taking else None
+
+    def go_on_copying(self) -> list[Job]:
+        """A round more of the copy under way; its job, once the file is ours."""
+        assert self._taking is not None
+        numbers = (self._taking.number,)
+        return self._recorded(self._take_further(time.monotonic() + COPY_S), numbers)
+
+    def abandon(self) -> None:
+        """Leave nothing of a copy under way: its original is still there."""
+        if self._taking is not None:
+            self._taking.steps.close()
+            self._remove_folders(self._taking.number)
+            self._taking = None
+
+    def _take_further(self, end: float) -> list[Job]:
+        """The job of the file being taken, if it is ours by now; it goes on being taken when `end` comes before that.
+
+        One piece at least is copied. Whatever fails, it is being taken no more.
+        """
+        taking, self._taking = self._taking, None
+        assert taking is not None
+        for taken in taking.steps:
+            if taken:
+                self._seen.pop(taking.name, None)
+                return [claimed_job(taking.number, taking.name)]
+            if taken is None and time.monotonic() >= end:
+                self._taking = taking
+                break
+        return []
+
+    def _recorded(self, jobs: list[Job], numbers: Iterable[int]) -> list[Job]:
+        """The jobs, their files durable; of the numbers that none of them got, nothing is left."""
         _make_durable(self._home, jobs)
-        for number in range(first_number + len(jobs), first_number + min(len(names), CLAIM_AT_ONCE)):
-            disk.remove_folder(self._home.claimed(number))
-            disk.remove_folder(self._home.job(number))
+        for number in {*numbers} - {job.number for job in jobs} - {self.copying}:
+            self._remove_folders(number)
         return jobs
 
     def _make_folders(self, numbers: range) -> None:
@@ -150,25 +203,30 @@ class Inbox:
         disk.sync_trees([self._home.job(number) for number in numbers])
         disk.sync_folder(self._home.jobs)
 
-    def _claim_one(self, name: str, number: int) -> bool:
+    def _remove_folders(self, number: int) -> None:
+        disk.remove_folder(self._home.claimed(number))
+        disk.remove_folder(self._home.job(number))
+
+    def _take(self, name: str, number: int) -> Generator[bool | None]:
+        """At last whether the file is ours: moved, or copied where a move would not give us bytes of our own.
+
+        None after each piece of a copy that is not the last.
+        """
         source, target = self._home.inbox / name, self._home.claimed(number) / name
         try:
-            return self._take(source, target, number)
+            os.close(_open(source))  # a file that can be moved but not read would be in the way of all others then
+            if source.lstat().st_nlink > 1 or not _moved(source, target):
+                yield from self._copy(source, target, number)
+            else:
+                yield not _given_back(self._home, target)
         except PermissionError as error:
-            return self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
+            yield self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
-            return False  # it vanished meanwhile, or a symbolic link took its place
+            yield False  # it vanished meanwhile, or a symbolic link took its place
 
-    def _take(self, source: Path, target: Path, number: int) -> bool:
-        """Whether the file is ours now: moved, or copied where a move would not give us bytes of our own."""
-        os.close(_open(source))  # a file that can be moved but not read would be in the way of all others then
-        if source.lstat().st_nlink > 1 or not _moved(source, target):
-            return self._copy(source, target, number)
-        return not _given_back(self._home, target)
-
-    def _copy(self, source: Path, target: Path, number: int) -> bool:
+    def _copy(self, source: Path, target: Path, number: int) -> Generator[bool | None]:
         """The copy becomes ours, beside a note of what it was made from, before the original goes.
 
         A crash in between leaves an original that the note recognises.
@@ -177,18 +235,23 @@ class Inbox:
         size, free = source.lstat().st_size, disk.free_bytes(target.parent)
         if size > free:
             why = f"it has to be copied and does not fit: {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
-            return self._leave(source.name, why, "Make room: it is tried again")
-        taken = False
+            yield self._leave(source.name, why, "Make room: it is tried again")
+            return
+        taken, copied = False, 0
         try:
             disk.write_file(note, _origin(source.name, signature))
-            disk.copy_file(source, target)
+            with contextlib.closing(disk.copy_in_pieces(source, target)) as pieces:
+                for count in pieces:
+                    copied += count
+                    if copied < size:
+                        yield None
             if _signature(source.lstat()) == signature and not has_writer(source):
                 taken = disk.remove_file(source)
         finally:
             if not taken:
                 disk.remove_file(target)
                 disk.remove_file(note)
-        return taken
+        yield taken
 
 
 def _given_back(home: Home, claimed: Path) -> bool:

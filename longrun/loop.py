@@ -1,8 +1,7 @@
 """The daemon's loop: the one place that knows the order of things.
 
 A life in three verbs: `_start`, `tick` until it says "leave", `_leave`. A tick is a list of calls, none of which
-waits; the longest copies a file from an inbox on another file system. Whatever it was doing when the process dies,
-the next start finds the same situation on disk.
+waits. Whatever it was doing when the process dies, the next start finds the same situation on disk.
 """
 
 from __future__ import annotations
@@ -120,9 +119,13 @@ class Daemon:
     def _tidy(self) -> None:
         """Finish what was cut off between a move and its record, or between a record and its move."""
         with self._inbox_that_may_go():
-            self._context.ledger.claim(inbox.unrecorded(self._context.home, self._context.ledger.get))
+            self._context.ledger.claim(inbox.unrecorded(self._context.home, self._is_recorded))
             self._put_away_finished()
             self._untidy = False
+
+    def _is_recorded(self, number: int) -> bool:
+        """Whether the ledger knows the job, or will: its file is being copied."""
+        return number == self._inbox.copying or self._context.ledger.get(number) is not None
 
     def _put_away_finished(self) -> None:
         context = self._context
@@ -156,6 +159,8 @@ class Daemon:
     def _leave(self) -> None:
         self._notifier.say("STOPPING=1")
         self._bell.stop()
+        with contextlib.suppress(OSError):  # the next start removes what is left of it
+            self._inbox.abandon()
         self._runs.abandon()
         self._preparation.preparer.kill()
         self._scheduled.abandon()
@@ -274,11 +279,15 @@ class Daemon:
         self._context.home.inbox.mkdir(exist_ok=True)
         self._bell.check()
         self._inbox.settings = self._context.settings.inbox
+        if self._inbox.copying is not None:
+            self._context.ledger.claim(self._inbox.go_on_copying())
+            self._next_scan = now
+            return
         settled = self._inbox.scan(now)
         if settled:
             self._context.ledger.claim(self._inbox.claim(settled, self._next_number()))
         self._scanned = True
-        more = len(settled) > inbox.CLAIM_AT_ONCE
+        more = len(settled) > inbox.CLAIM_AT_ONCE or self._inbox.copying is not None
         self._next_scan = now if more else now + self._inbox.next_look(now)
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -282,7 +283,11 @@ def write_at(monkeypatch: pytest.MonkeyPatch, moment: str) -> list[Any]:
         real(source, target)
         writers.append((source if source.exists() else target).open("ab"))
 
-    monkeypatch.setattr(disk, moment, met)
+    def met_after_the_pieces(source: Path, target: Path) -> Iterator[int]:
+        yield from real(source, target)
+        writers.append(source.open("ab"))
+
+    monkeypatch.setattr(disk, moment, met_after_the_pieces if moment == "copy_in_pieces" else met)
     return writers
 
 
@@ -293,7 +298,7 @@ def test_a_writer_that_comes_between_look_and_claim_may_finish(
     path = drop(home, "x.jsonl", b"1")
     if second_name:
         os.link(path, home.root / "second")
-    writers = write_at(monkeypatch, "copy_file" if second_name else "move")
+    writers = write_at(monkeypatch, "copy_in_pieces" if second_name else "move")
     assert box.claim(["x.jsonl"], 1) == []
     writers[0].write(b"2")
     writers[0].close()
@@ -306,13 +311,13 @@ def test_a_file_that_changed_while_it_was_copied_is_not_taken(
 ) -> None:
     path = drop(home, "x.jsonl", b"1")
     os.link(path, home.root / "second")
-    real = disk.copy_file
+    real = disk.copy_in_pieces
 
-    def met(source: Path, target: Path) -> None:
-        real(source, target)
+    def met(source: Path, target: Path) -> Iterator[int]:
+        yield from real(source, target)
         (home.root / "second").write_bytes(b"2")
 
-    monkeypatch.setattr(disk, "copy_file", met)
+    monkeypatch.setattr(disk, "copy_in_pieces", met)
     assert box.claim(["x.jsonl"], 1) == []
     assert path.read_bytes() == b"2"
     assert list(home.jobs.iterdir()) == []
@@ -416,6 +421,61 @@ def test_a_file_that_must_be_copied_and_does_not_fit_stops_no_other(
     assert [job.name for job in box.claim(settled(box), 2)] == ["large.jsonl"]
 
 
+# -- copies that take many rounds
+
+
+@pytest.fixture
+def far(home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home whose inbox is on another file system, one that cannot clone, and a round copies one byte."""
+    fail_for(monkeypatch, home.inbox, errno.EXDEV)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(disk, "COPY_BYTES", 1)
+    monkeypatch.setattr(inbox, "COPY_S", 0)
+    return home
+
+
+def test_a_large_copy_takes_a_piece_of_each_round_and_later_files_wait_for_it(far: Home, box: Inbox) -> None:
+    drop(far, "a.jsonl", b"123", changed_at=1)
+    drop(far, "b.jsonl", b"4", changed_at=2)
+    assert box.claim(settled(box), 7) == []
+    assert inbox.unrecorded(far, lambda number: number == box.copying) == []
+    assert (box.copying, box.go_on_copying()) == (7, [])
+    assert claimed(far).keys() == {next(iter(claimed(far)))}, "only the copy, under a name that is not its own yet"
+    assert [(job.number, job.name) for job in box.go_on_copying()] == [(7, "a.jsonl")]
+    assert box.copying is None
+    assert [(job.number, job.name) for job in box.claim(settled(box), 8)] == [(8, "b.jsonl")]
+    assert claimed(far) == {"000007/a.jsonl": b"123", "000008/b.jsonl": b"4"}
+    assert list(far.inbox.iterdir()) == []
+
+
+def test_a_copy_that_is_left_in_its_middle_leaves_the_original_alone(far: Home, box: Inbox) -> None:
+    drop(far, "x.jsonl", b"123")
+    box.claim(settled(box), 1)
+    box.abandon()
+    assert (box.copying, list(far.jobs.iterdir())) == (None, [])
+    assert (far.inbox / "x.jsonl").read_bytes() == b"123"
+
+
+def test_a_file_that_goes_while_it_is_copied_leaves_no_job(far: Home, box: Inbox) -> None:
+    path = drop(far, "x.jsonl", b"12")
+    box.claim(settled(box), 1)
+    path.unlink()
+    assert (box.go_on_copying(), box.copying, list(far.jobs.iterdir())) == ([], None, [])
+
+
+def test_a_disk_that_fills_up_under_a_copy_is_told_and_the_file_is_taken_later(
+    far: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(far, "x.jsonl", b"12")
+    box.claim(settled(box), 1)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(os, "fsync", lambda _: refuse(errno.ENOSPC))
+        box.go_on_copying()
+    assert box.copying is None
+    assert inbox.unrecorded(far, lambda _: None) == []
+    assert (claimed(far), settled(box)) == ({}, ["x.jsonl"])
+
+
 def fail_for(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
     """Path.rename out of `folder` fails with this error number."""
     real = Path.rename
@@ -469,7 +529,7 @@ def test_a_claim_whose_sync_failed_is_durable_before_it_is_a_job(
     assert disk_log == ["sync x.jsonl", "sync claimed", "sync inbox"]
 
 
-@pytest.mark.parametrize("crash_at", ["write_file", "copy_file", "move"])
+@pytest.mark.parametrize("crash_at", ["write_file", "copy_in_pieces", "move"])
 def test_a_crash_before_the_copy_is_whole_leaves_the_original(
     home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, crash_at: str
 ) -> None:
@@ -532,8 +592,8 @@ def test_a_file_that_may_not_be_taken_stops_no_other(
     assert [path.name for path in home.jobs.iterdir()] == ["000001"]
 
 
-def refuse() -> None:
-    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+def refuse(number: int = errno.EACCES) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def test_a_full_disk_is_told_and_takes_nothing(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
