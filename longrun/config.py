@@ -99,7 +99,7 @@ class BackupSettings:
 
     def folder(self, home: Path) -> Path:
         """Where backups are kept."""
-        return home / Path(self.store).expanduser()
+        return home / expanded(self.store)
 
     @property
     def keep(self) -> Keep:
@@ -196,10 +196,18 @@ def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
 
 def _found_folder(model: ModelSettings, home: Path) -> ModelSettings:
     """A base model that is a folder, by its absolute path: from here or from the home."""
-    for folder in (Path(model.base_model).expanduser(), home / model.base_model):
-        if model.base_model != TINY and folder.is_dir():
+    for folder in (expanded(model.base_model), home / model.base_model):
+        if model.base_model != TINY and os.path.isdir(folder):  # noqa: PTH112 - Path's raises where it may not look
             return dataclasses.replace(model, base_model=str(folder.resolve()))
     return model
+
+
+def expanded(path: str) -> Path:
+    """The path, from the user's home where it begins with a ~; BadConfig when there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BadConfig(f"cannot use {path}: there is no user of that name here", hint="write the path out") from None
 
 
 def unpinned(base_model: str) -> str:
@@ -214,7 +222,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise BadConfig(f"cannot read {path}: {error.strerror}", hint="make it a file that can be read") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
     found = {}
     for section, table in tables.items():
@@ -315,7 +323,13 @@ def _range_words(least: float | None, most: float | None) -> str:
 
 def _check_together(settings: Settings) -> None:
     _check_shares(settings)
-    target = settings.backup.target
+    store, target = settings.backup.store, settings.backup.target
+    expanded(store)
+    if "://" in store:
+        raise BadConfig(
+            f"backup.store = {store!r} ({settings.sources.get('backup.store')}) is a URL, not a folder",
+            hint="backups are kept in a folder; backup.target is where each scheduled one is copied to",
+        )
     if target != NO_TARGET and "://" not in target:
         raise BadConfig(
             f"backup.target = {target!r} ({settings.sources.get('backup.target')}) is not a URL",

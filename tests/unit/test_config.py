@@ -225,6 +225,34 @@ def test_a_setting_outside_its_section_is_told_where_it_belongs(tmp_path: Path) 
         config.load(tmp_path / "longrun.toml")
 
 
+@pytest.mark.parametrize("store", ["s3://bucket/folder", "file:///mnt/nas"])
+def test_backups_are_kept_in_a_folder(home: Home, store: str) -> None:
+    home.settings.write_text(f'[backup]\nstore = "{store}"\n')
+    with pytest.raises(
+        BadConfig, match=r"is a URL, not a folder; backups are kept in a folder; backup.target is where"
+    ):
+        config.load(home.settings)
+
+
+@pytest.mark.parametrize("setting", ['[model]\nbase_model = "~no-such-user/m"', '[backup]\nstore = "~no-such-user/b"'])
+def test_the_home_of_nobody_is_told(home: Home, setting: str) -> None:
+    home.settings.write_text(setting)
+    with pytest.raises(BadConfig, match=r"cannot use ~no-such-user/.: there is no user of that name here"):
+        config.load(home.settings)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/proc/1/cwd/x/y/m"])
+def test_a_base_model_that_may_not_be_looked_at_is_left_to_who_loads_it(home: Home, name: str) -> None:
+    home.settings.write_text(f'[model]\nbase_model = "{name}"')
+    assert config.load(home.settings).model.base_model == name
+
+
+def test_settings_nested_without_end_are_told(home: Home) -> None:
+    home.settings.write_text(f"train = {'[' * 100_000}")
+    with pytest.raises(BadConfig, match=r"cannot read .*longrun.toml"):
+        config.load(home.settings)
+
+
 def test_a_backup_target_is_a_url(home: Home) -> None:
     home.settings.write_text('[backup]\ntarget = "/mnt/nas"\n')
     with pytest.raises(BadConfig, match=r"backup.target = '/mnt/nas' .* is not a URL; a folder is file:///path"):
