@@ -42,7 +42,7 @@ def do(args: argparse.Namespace) -> int:
 def _home(args: argparse.Namespace) -> Home:
     """--home or LONGRUN_HOME, else the home that SOURCE is the model of, else the current directory."""
     if args.command == "backup" and args.home is None and "LONGRUN_HOME" not in os.environ:
-        beside = Path(args.source).resolve().parent
+        beside = Path(os.path.abspath(args.source)).parent  # noqa: PTH100 - not through the link that a model may be
         if (beside / "state").is_dir():
             return Home(beside)
     return find_home(args.home)
@@ -55,7 +55,8 @@ def _store(args: argparse.Namespace, home: Home) -> Store:
             hint="keep backups in a folder; `export ID URL` and `import URL` copy them",
         )
     if args.store:
-        return Store(Path(args.store).expanduser().resolve())
+        return Store(config.expanded(args.store).resolve())
+    home.check()
     return Store(config.load(home.settings).backup.folder(home.root))
 
 
@@ -79,7 +80,9 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
             on_bytes=bar.add,
         )
     manifest = saved.manifest
-    again = _restore_command(args, home, manifest.id, Path(manifest.source))
+    source = Path(manifest.source)
+    place = home.root / f"{source.name}-restored" if manifest.is_checkpoint else source
+    again = _restore_command(args, home, manifest.id, place)
     facts = manifest.facts() | {
         "store": str(store.root),
         "new_bytes": saved.new_bytes,
@@ -120,7 +123,7 @@ def _restore_command(args: argparse.Namespace, home: Home, backup: str, place: P
         words.append(str(place))
     if args.store:
         words += ["--store", args.store]
-    if home.root != Path.cwd() and not (args.home is None and "LONGRUN_HOME" in os.environ):
+    if home.root != find_home(None).root:
         words += ["--home", str(home.root)]
     return shlex.join(words)
 
@@ -178,11 +181,8 @@ def _verify(args: argparse.Namespace, home: Home) -> int:
         damage = catalogue.damage(wanted, quick=args.quick, on_bytes=bar.add)
     how = "manifests and sizes" if args.quick else "every byte"
     lines = [f"DAMAGED  {found}" for found in damage]
-    if damage:
-        here = isinstance(catalogue, Store)
-        how = "back up a folder that still has these contents" if here else "export these backups to it again"
-        lines.append(f"{how}, and they are whole again")
-    else:
+    lines += dict.fromkeys(found.fix for found in damage if found.fix)
+    if not damage:
         lines = [f"{len(looked_at)} backups, {len(sizes)} contents, {_size(sum(sizes.values()))}: all good ({how})"]
     facts = {"backups": [backup.id for backup in looked_at], "bytes": sum(sizes.values()), "quick": args.quick}
     _say(args, facts | {"damage": [asdict(found) for found in damage]}, lines)
@@ -195,7 +195,13 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     store = Store.open(_store(args, home).root)
     manifest = store.find(args.id) if args.target or args.id != LATEST else store.latest_model()
     target = Path(args.target) if args.target else home.model
-    with _alone(_home_of_model(target, home), args.when_idle), Bar(args.json) as bar:
+    to_train_on = _home_of_model(target, home)
+    if to_train_on and manifest.is_checkpoint:
+        raise BadBackup(
+            f"cannot restore {manifest.id} to {target}: it is one checkpoint, and no whole model to go on from",
+            hint="name another TARGET",
+        )
+    with _alone(to_train_on, args.when_idle), Bar(args.json) as bar:
         bar.start(manifest.size_bytes)
         former = backups.restore(store, manifest, target, on_bytes=bar.add)
     facts: dict[str, Any] = {
@@ -245,6 +251,12 @@ def _export(args: argparse.Namespace, home: Home) -> int:
 
     store = Store.open(_store(args, home).root)
     manifest = store.find(args.id)
+    if (
+        not _is_url(args.target)
+        and args.target.endswith(transfer.NO_ARCHIVES)
+        and not args.target.endswith(transfer.ARCHIVES)
+    ):
+        raise BadBackup(f"cannot export to {args.target}: an archive is a .tar or .tar.zst", hint="name one of these")
     with Bar(args.json) as bar:
         bar.start(sum(manifest.digests.values()) if _is_url(args.target) else manifest.size_bytes)
         if _is_url(args.target):

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import os
 import socket
+import stat
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -241,6 +242,7 @@ def restore(store: Store, manifest: Manifest, target: Path, *, on_bytes: Callabl
         with store.using("restore"), staging(target) as staged:
             _check_room(store, manifest, staged)
             stage(store, manifest, staged, on_bytes)
+            _take_modes(staged, target)
             return _take_place(staged, target)
 
 
@@ -314,6 +316,14 @@ def _check_room(store: Store, manifest: Manifest, staged: Path) -> None:
     sample = store.object(manifest.files[0].sha256)
     if not (sample.is_file() and disk.can_clone(sample, staged)):
         check_room(staged.parent, manifest.size_bytes, f"restore {manifest.id}")
+
+
+def _take_modes(staged: Path, target: Path) -> None:
+    """Folders let in whom those that they replace let in: files may be protected by their folder alone."""
+    for folder in (staged, *(entry for entry in staged.rglob("*") if entry.is_dir())):
+        replaced = target / folder.relative_to(staged)
+        if replaced.is_dir():
+            folder.chmod(stat.S_IMODE(replaced.stat().st_mode))
 
 
 def _take_place(staged: Path, target: Path) -> Path | None:

@@ -6,6 +6,7 @@
     |-- NotRunning       the command needs a running daemon                  exit 3
     |-- BadFile          the content of a dropped file                       exit 1
     |-- BadBackup        a backup, or what should become one, is not whole   exit 1
+    |   `-- BadManifest  what says what is in a backup cannot be trusted     exit 1
     |-- BadModel         current_model/ is not something to go on from       exit 1
     `-- ModelRemoved     current_model/ went away or changed under a run     exit 1
 
@@ -71,6 +72,10 @@ class NotRunning(LongrunError):
 
 class BadBackup(LongrunError):
     """A backup, or what should become one, is not whole."""
+
+
+class BadManifest(BadBackup):
+    """The manifest of a backup is damaged or missing; other backups are none the worse."""
 
 
 class BadModel(LongrunError):

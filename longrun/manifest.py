@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from longrun.errors import BadBackup
+from longrun.errors import BadBackup, BadManifest
 
 FORMAT = "longrun backup"
 VERSION = 1
@@ -28,6 +28,7 @@ DEPTH_MAX = 100  # folders in one another: walking and making them is recursive
 SIZE_MAX_BYTES = 1 << 62
 MAX_BYTES = 4 << 20  # of a manifest, some 13,000 files: JSON may take thirty times its length in memory
 ANY = "any"
+CHECKPOINT_MANIFEST = "manifest.json"  # of a checkpoint; what checkpoint.MANIFEST says
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"\d{8}T\d{6}Z-[a-z_]{1,20}-[0-9a-f]{6}")
@@ -70,6 +71,11 @@ class Manifest:
     @property
     def complete(self) -> bool:
         return not self.faults
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is of one checkpoint of a Longrun model: a model to use, but none to train on from."""
+        return any(file.path == CHECKPOINT_MANIFEST for file in self.files)
 
     @property
     def size_bytes(self) -> int:
@@ -123,18 +129,18 @@ def is_digest(text: str) -> bool:
 
 
 def parse(content: bytes, backup: str) -> Manifest:
-    """The manifest of the backup of this id (or, for "any", whose it is); BadBackup says what is wrong with it."""
+    """The manifest of the backup of this id (or, for "any", whose it is); BadManifest says what is wrong with it."""
     if len(content) > MAX_BYTES:
-        raise BadBackup(f"the manifest of {backup} cannot be trusted: it is longer than any that is written")
+        raise BadManifest(f"the manifest of {backup} cannot be trusted: it is longer than any that is written")
     try:
         values = json.loads(content)
         found = _checked(values)
     except BadBackup as error:
-        raise BadBackup(f"the manifest of {backup} cannot be trusted: {error.message}") from None
+        raise BadManifest(f"the manifest of {backup} cannot be trusted: {error.message}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadBackup(f"the manifest of {backup} cannot be read: {error!r}") from None
+        raise BadManifest(f"the manifest of {backup} cannot be read: {error!r}") from None
     if backup not in (ANY, found.id):
-        raise BadBackup(f"the manifest of {backup} cannot be trusted: it says that it is {found.id!r}")
+        raise BadManifest(f"the manifest of {backup} cannot be trusted: it says that it is {found.id!r}")
     return found
 
 

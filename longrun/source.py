@@ -15,6 +15,7 @@ import re
 import resource
 import stat
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,13 +25,17 @@ from longrun.errors import BadBackup
 from longrun.manifest import DEPTH_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 TRIES = 40
 PAUSE_S = 0.1  # between tries; a commit publishes in less than a second
 SPARE_FILES = 64  # that the process needs besides the source's
 _INDEX = re.compile(r".*\.index\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt)")
+_BESIDE_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state).*"
+)  # what a Trainer saves with them
+_PART = re.compile(r"(.*)-\d{5}-of-(\d{5}\..*)")  # model-00001-of-00003.safetensors
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -197,12 +202,12 @@ def _led_to(root: Path, link: Path, follow: bool) -> Path:
     place = Path(os.path.realpath(link))  # not resolve(), which knows no end of a loop before Python 3.13
     if root in place.parents and place.is_file():
         return place
+    if not place.is_file():  # nor folders: a link to one above would have no end
+        raise BadBackup(f"cannot back up {link}: {place}, where it leads, is not a file", hint="remove the link")
     if not follow:
         raise BadBackup(
             f"cannot back up {link}: it is a link to {place}", hint="--follow stores the file that is there"
         )
-    if not place.is_file():  # nor folders: a link to one above would have no end
-        raise BadBackup(f"cannot back up {link}: {place} is not a file", hint="remove the link")
     return place
 
 
@@ -224,16 +229,24 @@ def faults(snapshot: Snapshot, digests: dict[str, str] | None) -> list[str]:
     """
     folders = sorted({path.rpartition("/")[0] for path in snapshot.files})
     found = [fault for folder in folders for fault in _faults_in(snapshot, folder, digests)]
-    if not any(_WEIGHTS.fullmatch(path) for path in snapshot.files):
+    if not any(map(_is_weights, snapshot.files)):
         found.append("there are no weights in it")
-    if checkpoint.LINEAGE in snapshot.files and checkpoint.MANIFEST not in snapshot.files:  # a model, not a checkpoint
+    names_a_lineage = any(path.rpartition("/")[2] == checkpoint.LINEAGE for path in snapshot.files)
+    if names_a_lineage and checkpoint.MANIFEST not in snapshot.files:  # a Longrun model, not a checkpoint of one
         found += _faults_of_publishing(snapshot, digests)
     return found
+
+
+def _is_weights(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return bool(_WEIGHTS.fullmatch(name)) and not _BESIDE_WEIGHTS.fullmatch(name)
 
 
 def _faults_of_publishing(snapshot: Snapshot, digests: dict[str, str] | None) -> list[str]:
     """Whether the files of a Longrun model are those of its newest checkpoint, each byte of them."""
     newest = snapshot.newest_checkpoint()
+    if checkpoint.LINEAGE not in snapshot.files:
+        return [f"it has checkpoints, but no {checkpoint.LINEAGE}: it is being removed, or a part of a model"]
     if newest is None:
         return ["it has a lineage, but no checkpoint to go on from"]
     if snapshot.half_published():
@@ -262,9 +275,23 @@ def _faults_in(snapshot: Snapshot, folder: str, digests: dict[str, str] | None) 
         fault = _fault_of(name, snapshot.files[path], here)
         if fault:
             yield f"{path}: {fault}"
+    yield from (where + fault for fault in _missing_parts(here))
     number = _CHECKPOINT.fullmatch(folder.rpartition("/")[2])
+    if number and not any(_is_weights(path) for path in snapshot.files if path.startswith(prefix)):
+        yield f"{where}there are no weights in it"
     if number and _step_of(snapshot, here) != int(number[1]):
         yield f"{where}its trainer_state.json is missing or says another step: the checkpoint was cut off"
+
+
+def _missing_parts(here: Collection[str]) -> Iterator[str]:
+    """Of weights in several files, by their names where no index lists them: an interrupted copy may lack it."""
+    if any(_INDEX.fullmatch(name) for name in here):
+        return
+    parts = Counter(f"{match[1]}-*-of-{match[2]}" for name in here if (match := _PART.fullmatch(name)))
+    for name, count in parts.items():
+        wanted = int(name.rpartition("-of-")[2].partition(".")[0])
+        if count < wanted:
+            yield f"{name} has {count} of {wanted} parts"
 
 
 def listed(manifest: Pinned) -> dict[str, str]:

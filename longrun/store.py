@@ -14,6 +14,7 @@ by the next backup of a file that has it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from longrun import disk
-from longrun.errors import BadBackup, Locked
+from longrun.errors import BadBackup, BadManifest, Locked
 from longrun.manifest import MAX_BYTES, Manifest, StoredFile, is_digest, is_id, parse
 from longrun.retention import Keep, expendable
 
@@ -38,6 +39,8 @@ LATEST = "latest"
 FORMAT = b'{"format": "longrun backup store", "version": 1, "hash": "sha256"}\n'
 THREADS = max(2, min(4, os.cpu_count() or 2))
 WAIT_S = 20.0  # for a prune or for the backups that a prune waits for
+MADE_ANEW = "the next backup writes it anew"
+HEAL = "back up a folder that still has these contents, and they are whole again"
 PRUNE = "`prune --execute` frees what retention does not keep, `prune ID --execute` a backup that you name"
 ROOM_BYTES = 16 << 20  # kept free beyond what is to be written
 YOUNG_S = 86_400.0  # content that no backup names (yet) is left alone for a day
@@ -74,6 +77,7 @@ class Damage:
     what: str
     why: str
     backups: list[str] = field(default_factory=list)
+    fix: str = ""
 
     def __str__(self) -> str:
         needed = f"; needed by {', '.join(self.backups)}" if self.backups else ""
@@ -89,16 +93,20 @@ class Catalogue:
         raise NotImplementedError
 
     def read(self, backup: str) -> Manifest:
-        """The manifest of a backup; BadBackup when it cannot be trusted."""
+        """The manifest of a backup; BadManifest when it cannot be trusted."""
+        raise NotImplementedError
+
+    def age(self, manifest: Manifest) -> tuple[Any, ...]:
+        """What puts backups in order, oldest first."""
         raise NotImplementedError
 
     def all(self) -> list[Manifest]:
         """All backups whose manifests can be trusted, oldest first."""
         found = []
         for backup in self.ids():
-            with contextlib.suppress(BadBackup):
+            with contextlib.suppress(BadManifest):
                 found.append(self.read(backup))
-        return sorted(found, key=_age)
+        return sorted(found, key=self.age)
 
     def find(self, name: str) -> Manifest:
         """A backup by its id, the beginning of it, or "latest", the newest that is complete."""
@@ -112,12 +120,12 @@ class Catalogue:
 
     def latest_model(self) -> Manifest:
         """As "latest", but of the models of Longrun alone when there is one: what a home goes on from."""
-        return self._latest(ours=any(backup.complete and backup.lineage for backup in self.all()))
+        return self._latest(ours=any(map(_goes_on, self.all())))
 
     def _latest(self, *, ours: bool = False) -> Manifest:
         """The newest complete backup; an older one never stands in silently for one that cannot be read."""
         readable = self.all()
-        whole = [backup for backup in readable if backup.complete and (backup.lineage or not ours)]
+        whole = [backup for backup in readable if backup.complete and (_goes_on(backup) or not ours)]
         if not whole:
             raise BadBackup(f"there is no complete backup in {self.place}", hint="`list` shows what there is")
         unreadable = set(self.ids()) - {backup.id for backup in readable}
@@ -223,13 +231,22 @@ class Store(Catalogue):
         return sorted(entry.name for entry in self.backups.iterdir() if is_id(entry.name))
 
     def read(self, backup: str) -> Manifest:
-        content = _bytes_of(self.folder(backup) / MANIFEST)
+        try:
+            content = _bytes_of(self.folder(backup) / MANIFEST)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise BadManifest(f"the manifest of {backup} cannot be read: {error.strerror}") from None
         if content is None:
-            raise BadBackup(f"the manifest of {backup} is missing", hint="`verify` tells what else is damaged")
+            raise BadManifest(f"the manifest of {backup} is missing", hint="`verify` tells what else is damaged")
         return parse(content, backup)
 
+    def age(self, manifest: Manifest) -> tuple[Any, ...]:
+        """By sequence: the order in which they came into this store, whatever the clock did."""
+        return (manifest.sequence, manifest.created)
+
     def intact(self, digest: str, size: int, on_bytes: Callable[[int], None] = silent, *, cached: bool = True) -> bool:
-        """Whether the content of this digest is there, every byte of it."""
+        """Whether the content of this digest is there, and every byte of it can be read."""
         path = self.object(digest)
         try:
             if path.is_symlink() or path.stat().st_size != size:
@@ -237,7 +254,7 @@ class Store(Catalogue):
             if not cached:
                 disk.forget_cached(path)
             return disk.hash_file(path, on_bytes) == digest
-        except FileNotFoundError:
+        except OSError:
             return False
 
     # -- adding
@@ -269,16 +286,18 @@ class Store(Catalogue):
         for backup in wanted or self.ids():
             try:
                 manifests.append(self.read(backup))
-            except BadBackup as error:
-                found.append(Damage(f"backup {backup}", error.message, [backup]))
+            except BadManifest as error:
+                fix = f"import that backup again from a copy, or give it up: move its folder out of {self.backups}"
+                found.append(Damage(f"backup {backup}", error.message, [backup], fix))
                 continue
             if _bytes_of(self.folder(backup) / SUMS) != manifests[-1].to_sums():
-                found.append(Damage(f"backups/{backup}/{SUMS}", "it is not what the manifest says", [backup]))
+                why = f"it is not what the manifest says; {MADE_ANEW}"
+                found.append(Damage(f"backups/{backup}/{SUMS}", why, [backup]))
         return found + self._damaged_objects(manifests, quick, on_bytes)
 
     def _damaged_papers(self) -> list[Damage]:
         papers = {"format.json": FORMAT, "RESTORE.txt": RESTORE_TXT.encode()}
-        why = "missing or changed; the next backup writes it anew"
+        why = f"missing or changed; {MADE_ANEW}"
         return [Damage(name, why) for name, content in papers.items() if _bytes_of(self.root / name) != content]
 
     def _damaged_objects(self, manifests: list[Manifest], quick: bool, on_bytes: Callable[[int], None]) -> list[Damage]:
@@ -286,7 +305,8 @@ class Store(Catalogue):
 
         def look(digest: str, meter: Callable[[int], None]) -> Damage | None:
             why = self._why_damaged(digest, sizes[digest], quick, meter)
-            return Damage(f"objects/sha256/{digest[:2]}/{digest}", why, _needing(manifests, digest)) if why else None
+            place = f"objects/sha256/{digest[:2]}/{digest}"
+            return Damage(place, why, _needing(manifests, digest), HEAL) if why else None
 
         return [damage for damage in in_parallel(look, sorted(sizes), on_bytes) if damage]
 
@@ -343,8 +363,8 @@ class Store(Catalogue):
     def _all_or_none(self) -> list[Manifest]:
         """All backups, oldest first; BadBackup when one cannot be read."""
         try:
-            return sorted((self.read(backup) for backup in self.ids()), key=_age)
-        except BadBackup as error:
+            return sorted((self.read(backup) for backup in self.ids()), key=self.age)
+        except BadManifest as error:
             raise BadBackup(
                 f"nothing was pruned: {error.message}, so what it needs is unknown",
                 hint=f"to give that backup up, move its folder out of {self.backups}",
@@ -417,11 +437,19 @@ class Additions:
         if len(manifest.to_json()) > MAX_BYTES:
             raise BadBackup(f"cannot store {manifest.source}: it has too many files", hint="leave some of them out")
         self._sync()
+        self._mend_sums()
         papers = self.folder / manifest.id
         papers.mkdir()
         for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):
             disk.write_file(papers / name, content)
         disk.rename(papers, self.store.folder(manifest.id))
+
+    def _mend_sums(self) -> None:
+        """What is told by a manifest need not stay damaged."""
+        for manifest in self.store.all():
+            path = self.store.folder(manifest.id) / SUMS
+            if _bytes_of(path) != manifest.to_sums():
+                disk.write_file(path, manifest.to_sums())
 
     def replace(self, manifest: Manifest) -> None:
         """As `commit`, for a backup that exists: what it names was taken in again."""
@@ -501,8 +529,9 @@ def stored_files(manifest: Manifest) -> Iterator[list[StoredFile]]:
     yield from by_digest.values()
 
 
-def _age(manifest: Manifest) -> tuple[int, str]:
-    return (manifest.sequence, manifest.created)
+def _goes_on(backup: Manifest) -> bool:
+    """Whether a home can train on from it."""
+    return backup.complete and backup.lineage is not None and not backup.is_checkpoint
 
 
 def _needing(manifests: list[Manifest], digest: str) -> list[str]:

@@ -18,11 +18,12 @@ import io
 import os
 import stat
 import tarfile
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from longrun import disk
 from longrun.backups import stage, staging
-from longrun.errors import BadBackup
+from longrun.errors import BadBackup, BadManifest
 from longrun.manifest import ANY, MAX_BYTES, Manifest, StoredFile, is_id, parse
 from longrun.store import (
     FORMAT,
@@ -41,7 +42,6 @@ from longrun.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from longrun.store import Additions
 
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 PAPER, MODEL = "backup.json", "model"
 HEADERS_MAX_BYTES = 1 << 20  # of an archive, between two contents
 ARCHIVES = (".tar.zst", ".tar")
+NO_ARCHIVES = (".tgz", ".gz", ".zip", ".xz", ".bz2", ".zst", ".7z")  # names that a person would not give a folder
+EXPORT_AGAIN = "export these backups to it again, and they are whole again"
 
 
 # -- out
@@ -60,6 +62,8 @@ def export_folder(store: Store, manifest: Manifest, target: Path, on_bytes: Mete
     with telling(f"export {manifest.id} to {target}"), store.using("export"):
         if store.root.resolve() in target.resolve().parents:
             raise BadBackup(f"cannot export to {target}: that is inside the store", hint="name another folder")
+        if target.resolve() == Path.cwd():  # who is in a folder does not see what takes its place
+            raise BadBackup(f"cannot export to {target}: that is the folder you are in", hint="name a new folder")
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise BadBackup(f"cannot export to {target}: it exists", hint="name a new folder")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -337,8 +341,12 @@ class Remote(Catalogue):
             try:
                 content = self._fs.cat_file(self._at("backups", backup, MANIFEST), end=MAX_BYTES + 1)
             except FileNotFoundError:
-                raise BadBackup(f"the manifest of {backup} is missing in {self.place}") from None
+                raise BadManifest(f"the manifest of {backup} is missing in {self.place}") from None
         return parse(content, backup)
+
+    def age(self, manifest: Manifest) -> tuple[Any, ...]:
+        """By time: backups of several stores may be here, each with an order of its own."""
+        return (manifest.created, manifest.sequence)
 
     def push(self, store: Store, manifest: Manifest, on_bytes: Meter = silent) -> int:
         """Copy a backup to here; the bytes that were new. What an interrupted push has brought is used.
@@ -421,8 +429,8 @@ class Remote(Catalogue):
             try:
                 for digest, size in self.read(backup).digests.items():
                     needed.setdefault(digest, (size, []))[1].append(backup)
-            except BadBackup as error:
-                found.append(Damage(f"backup {backup}", error.message, [backup]))
+            except BadManifest as error:
+                found.append(Damage(f"backup {backup}", error.message, [backup], EXPORT_AGAIN))
         for digest, (size, backups) in sorted(needed.items()):
             with self._telling("verify"):
                 there = self._size(digest)
@@ -430,7 +438,7 @@ class Remote(Catalogue):
                 if there == size:
                     why = "" if quick or self._hash(digest, on_bytes) == digest else "its content has changed"
                 if why:
-                    found.append(Damage(f"objects/sha256/{digest[:2]}/{digest}", why, backups))
+                    found.append(Damage(f"objects/sha256/{digest[:2]}/{digest}", why, backups, EXPORT_AGAIN))
         return found
 
 

@@ -153,10 +153,31 @@ def test_the_home_is_the_one_that_the_model_is_of(trained: Home, tmp_path: Path,
     assert said("list", "--home", trained.root).startswith(made["id"])
     monkeypatch.setenv("LONGRUN_HOME", str(trained.root))
     assert json.loads(said("list", "--json"))["store"] == str(trained.backups)
-    assert (
-        json.loads(said("backup", trained.model, "--json"))["restore"].endswith(made["type"] + made["restore"][-1:])
-        or True
+    again = json.loads(said("backup", trained.model, "--json"))
+    assert again["restore"].endswith(f"restore {again['id']}"), "which home is meant is said already"
+    monkeypatch.setenv("LONGRUN_HOME", str(tmp_path))
+    named = json.loads(said("backup", trained.model, "--home", trained.root, "--json"))
+    assert named["restore"].endswith(f"restore {named['id']} --home {trained.root}")
+
+
+def test_a_model_behind_a_link_is_that_of_its_home(trained: Home, tmp_path: Path, monkeypatch: Any, said: Any) -> None:
+    trained.model.rename(tmp_path / "volume")
+    trained.model.symlink_to(tmp_path / "volume")
+    monkeypatch.chdir(tmp_path)
+    made = json.loads(said("backup", trained.model, "--json"))
+    assert made["store"] == str(trained.backups)
+    assert made["restore"].endswith(f"restore {made['id']} --home {trained.root}")
+
+
+def test_a_home_that_was_mistyped_is_not_made(trained: Home, tmp_path: Path, said: Any) -> None:
+    assert "there is no such folder; mkdir -p" in said(
+        "--home", tmp_path / "mistyped", "backup", trained.model, code=78
     )
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_user_who_does_not_exist_is_told(trained: Home, said: Any) -> None:
+    assert "there is no user of that name" in said("list", "--store", "~nobody-of-that-name/store", code=78)
 
 
 def test_settings_say_where_backups_are(trained: Home, said: Any) -> None:
@@ -246,10 +267,51 @@ def test_verify_names_what_is_damaged_and_whom_it_concerns(trained: Home, said: 
     assert f"needed by {store.ids()[0]}\nback up a folder that still has" in told
     assert backup_manager.main(["verify", "latest", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["damage"][0]["backups"] == store.ids()
+    assert capsys.readouterr().out == ""
     assert "1 damaged contents in the store are whole again" in said(
         "backup", "current_model", "--type", "pre_recovery"
     )
     assert "nothing was restored" not in said("restore", "latest")
+
+
+def test_verify_says_of_each_damage_what_mends_it_and_that_does(trained: Home, said: Any, capsys: Any) -> None:
+    first, second = (json.loads(said("backup", "current_model", "--json"))["id"] for _ in range(2))
+    said("export", first, "copy")
+    folder = trained.backups / "backups"
+    damage(folder / second / "SHA256SUMS", "flipped")
+    assert backup_manager.main(["verify"]) == 1
+    assert capsys.readouterr().out == (
+        f"DAMAGED  backups/{second}/SHA256SUMS: it is not what the manifest says; the next backup writes it anew;"
+        f" needed by {second}\n"
+    )
+    said("backup", "current_model")
+    assert "all good" in said("verify")
+    damage(folder / first / "manifest.json", "flipped")
+    assert backup_manager.main(["verify"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"import that backup again from a copy, or give it up: move its folder out of {folder}"
+    )
+    said("import", "copy")
+    assert "all good" in said("verify")
+
+
+def test_one_checkpoint_is_stored_but_never_takes_the_place_of_the_model(trained: Home, said: Any) -> None:
+    whole = json.loads(said("backup", "current_model", "--json"))["id"]
+    one = json.loads(said("backup", "current_model/checkpoint-5", "--home", ".", "--json"))
+    assert whole in said("restore", "latest")
+    assert "no whole model to go on from; name another TARGET" in said("restore", one["id"], code=1)
+    command = shlex.split(one["restore"])
+    said(*command[command.index("restore") :])
+    assert content_of(trained.root / "checkpoint-5-restored") == content_of(trained.model / "checkpoint-5")
+
+
+def test_a_restored_folder_lets_in_whom_the_former_one_let_in(trained: Home, said: Any) -> None:
+    said("backup", "current_model")
+    trained.model.chmod(0o2770)
+    (trained.model / "checkpoint-5").chmod(0o700)
+    said("restore", "latest")
+    modes = [folder.stat().st_mode & 0o7777 for folder in (trained.model, trained.model / "checkpoint-5")]
+    assert modes == [0o2770, 0o700]
 
 
 def test_a_restore_keeps_what_was_there_and_says_what_it_has_not_seen(trained: Home, said: Any) -> None:
@@ -315,6 +377,23 @@ def test_a_backup_goes_out_and_comes_in_as_it_is_said(trained: Home, said: Any, 
         said("import", target, Store(trained.backups).ids()[0])
     else:
         assert "it is no URL; leave the ID out" in said("import", target, "x", code=1)
+
+
+@pytest.mark.parametrize("name", ["out.tar.gz", "out.tgz", "out.zip"])
+def test_an_archive_of_another_kind_is_not_made_a_folder(trained: Home, said: Any, name: str) -> None:
+    said("backup", "current_model")
+    assert "an archive is a .tar or .tar.zst; name one of these" in said("export", "latest", name, code=1)
+    assert not (trained.root / name).exists()
+
+
+def test_a_backup_does_not_take_the_place_of_the_folder_that_one_is_in(
+    trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said("backup", "current_model")
+    (trained.root / "out").mkdir()
+    monkeypatch.chdir(trained.root / "out")
+    told = said("export", "latest", ".", "--home", trained.root, code=1)
+    assert "that is the folder you are in; name a new folder" in told
 
 
 def test_every_command_speaks_to_machines(trained: Home, said: Any) -> None:

@@ -388,6 +388,38 @@ def test_all_shards_of_an_index_are_needed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "pytorch_model-00002-of-00003.bin"])
+def test_a_part_of_the_weights_is_no_model_even_where_no_index_says_so(model: Path, name: str) -> None:
+    (model / "model.safetensors").rename(model / name)
+    kind = name.partition("-")[0]
+    assert faults_of(model)[0].startswith(f"{kind}-*-of-00003.")
+    assert faults_of(model)[0].endswith(" has 1 of 3 parts")
+
+
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"]
+)
+def test_what_a_trainer_saves_beside_the_weights_is_none(model: Path, name: str) -> None:
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(b"something")
+    assert faults_of(model) == ["there are no weights in it"]
+
+
+def test_a_checkpoint_of_a_trainer_without_weights_is_no_whole_one(tmp_path: Path) -> None:
+    trainer_checkpoint(tmp_path / "out" / "checkpoint-500", 500)
+    trainer_checkpoint(tmp_path / "out" / "checkpoint-1000", 1000)
+    (tmp_path / "out" / "checkpoint-1000" / "model.safetensors").unlink()
+    assert faults_of(tmp_path / "out") == ["checkpoint-1000: there are no weights in it"]
+
+
+def test_a_model_of_longrun_that_lost_its_lineage_is_not_whole(home: Home) -> None:
+    add_checkpoint(home, 5)
+    (home.model / "lineage.json").unlink()
+    assert faults_of(home.model) == [
+        "it has checkpoints, but no lineage.json: it is being removed, or a part of a model"
+    ]
+
+
 def header(length: int, content: bytes) -> bytes:
     return length.to_bytes(8, "little") + content
 

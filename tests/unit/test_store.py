@@ -5,7 +5,8 @@ import errno
 import hashlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,6 @@ from longrun.manifest import BackupType, Manifest
 from longrun.retention import Keep
 from longrun.store import Damage, Store, check_room, in_parallel, telling
 from tests.unit.builders import DAMAGES, content_of, damage, flip_a_bit, keep_backup, plain_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PRE_RECOVERY, SCHEDULED = BackupType.PRE_RECOVERY, BackupType.SCHEDULED
 ONE = Keep(last=1, daily=0, weekly=0, monthly=0)
@@ -219,6 +217,47 @@ def test_content_that_cannot_be_read_is_damage(
     found = store.damage()
     assert {each.why for each in found} == {"it cannot be read (Input/output error)"}
     assert len(found) == len({digest for each in two for digest in each.digests})
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, bad: Path) -> None:
+    """The disk cannot read this file any more."""
+    real_open, real_hash = Path.open, disk.hash_file
+
+    def opened(path: Path, *rest: Any, **options: Any) -> Any:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real_open(path, *rest, **options)
+
+    def hashed(path: Path, *rest: Any) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real_hash(path, *rest)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(disk, "hash_file", hashed)
+
+
+def test_content_that_cannot_be_read_is_replaced_by_the_next_backup_of_it(
+    store: Store, two: list[Manifest], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = weights_in(store, two[1])
+    with monkeypatch.context() as patched:
+        broken_at(patched, bad)
+        before = bad.stat().st_ino
+        keep_backup(store, model)
+    assert bad.stat().st_ino != before
+    assert store.damage() == []
+
+
+def test_a_manifest_that_cannot_be_read_stops_no_other_backup(
+    store: Store, two: list[Manifest], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, store.folder(two[0].id) / "manifest.json")
+    made = keep_backup(store, model)
+    assert [backup.id for backup in store.all()] == [two[1].id, made.id]
+    (found,) = store.damage()
+    assert "the manifest of" in found.why
+    assert "cannot be read: Input/output error" in found.why
 
 
 def test_a_folder_of_contents_that_is_a_file_is_damage(store: Store, two: list[Manifest]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -7,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -602,6 +605,34 @@ def test_a_remote_store_is_a_store(store: Store, made: Manifest, tmp_path: Path)
     copied = Store.open(tmp_path / "remote")
     assert copied.damage() == []
     assert copied.all() == [made]
+
+
+def test_the_latest_of_several_stores_is_the_latest_in_time(
+    store: Store, other: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a disaster: the new machine's store counts its backups from 1 again."""
+    clock = iter(datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3, 4))
+    monkeypatch.setattr(backups, "datetime", SimpleNamespace(now=lambda _: next(clock)))
+    monkeypatch.setattr(backups, "_known", lambda *_: {})
+    remote = Remote(f"file://{tmp_path}/remote")
+    before = [keep_backup(store, model) for _ in range(3)]
+    after = keep_backup(other, model)
+    remote.push(other, after)
+    remote.push(store, before[2])
+    assert (before[2].sequence, after.sequence) == (3, 1)
+    assert remote.find("latest").id == after.id
+    assert [backup.id for backup in remote.all()] == [before[2].id, after.id]
+
+
+def test_a_store_that_refuses_is_not_told_as_damaged(
+    store: Store, made: Manifest, frail: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frail.push(store, made)
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Frail, "cat_file", lambda *_, **__: (_ for _ in ()).throw(refused))
+    for look in (frail.all, frail.damage, lambda: frail.find("latest")):
+        with pytest.raises(BadBackup, match=r"cannot read file:.*Permission denied; check address, rights"):
+            look()
 
 
 def test_a_place_without_backups_has_none(tmp_path: Path) -> None:
