@@ -392,7 +392,7 @@ def seal(folder: Path, lineage: Lineage, on_bytes: Callable[[int], None] = lambd
         if path.name != MANIFEST
     }
     (folder / MANIFEST).write_text(_manifest(lineage.global_step, files), encoding="utf-8")
-    disk.sync_tree(folder)
+    disk.sync_tree(folder, on_bytes)
 
 
 def _manifest(global_step: int, files: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def check_base_model(context: Context) -> None:
     except (BadModel, Locked, ModelRemoved):
         return  # a running daemon says so, and waits for a person, or for the restore or removal that is under way
     if newest is not None:
-        config.check_base(context.settings, newest.lineage.base_model)
+        config.check_model(context.settings, newest.lineage, context.home.root)
         return
     source = context.settings.model.base_model
     command = [sys.executable, str(PROGRAM), "--check-base", source]

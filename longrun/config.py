@@ -22,6 +22,8 @@ from longrun.retention import Keep
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from longrun.lineage import Lineage
+
 ENVIRONMENT = "LONGRUN_"
 NOT_SETTINGS = frozenset({"LONGRUN_HOME"})
 MEBIBYTE = 1 << 20
@@ -61,7 +63,8 @@ class TrainSettings:
     save_total_limit: int = _setting(2, least=2)  # checkpoints kept
     logging_steps: int = _setting(10, least=1)
     gradient_checkpointing: bool = False
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
+    use_cpu: bool = False  # also where there is a GPU, or was one
     report_to: tuple[str, ...] = ("tensorboard",)
 
 
@@ -356,15 +359,26 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'nothing yet'}"
 
 
-def check_base(settings: Settings, grown: str) -> None:
-    """BadConfig when the settings name another base model than the one that the current model grew from."""
-    wanted, given = settings.model.base_model, settings.sources.get("model.base_model")
-    if given and wanted not in (grown, unpinned(grown)):
+def check_model(settings: Settings, lineage: Lineage, home: Path) -> None:
+    """BadConfig when the settings name another base model, or optimizer, than the current model was grown with."""
+    grown, wanted, given = lineage.base_model, settings.model.base_model, settings.sources.get("model.base_model")
+    if given and wanted not in (grown, unpinned(grown)) and os.path.abspath(home / wanted) != grown:  # noqa: PTH100
         raise BadConfig(
             f"base_model is {wanted} ({given}), but the current model grew from {grown}",
-            hint="to begin anew: `python3 backup_manager.py backup current_model/ --type pre_recovery`,"
-            " then `rm -rf current_model/`; to go on: take base_model back",
+            hint="to begin anew: `daemon.py reset`; to go on: take base_model back",
         )
+    optim, source = settings.train.optim, settings.sources.get("train.optim", "default")
+    if lineage.optim and _same_moments(optim) != _same_moments(lineage.optim):
+        raise BadConfig(
+            f"optim is {optim} ({source}), but the current model was trained by {lineage.optim}, whose state that"
+            " cannot go on from",
+            hint=f'to go on: optim = "{lineage.optim}" below [train]; to begin anew: `daemon.py reset`',
+        )
+
+
+def _same_moments(optim: str) -> str:
+    """A fused optimizer is the same one, computed in fewer steps."""
+    return optim.removesuffix("_fused")
 
 
 def changes(old: Settings, new: Settings) -> list[str]:

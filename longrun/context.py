@@ -41,7 +41,7 @@ class Context:
     only: set[int] | None = None  # by hand: the jobs that were asked for, and no others
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
-    _settings_seen: tuple[object, ...] = ()  # the file as last judged, and the base model it was held against
+    _settings_seen: tuple[object, ...] = ()  # the file as last judged, and the model it was held against
     _users: int = 0  # of the model, in this process
     _model_lock: disk.Lock | None = None
 
@@ -136,14 +136,14 @@ class Context:
 
     def reload_settings(self, newest: checkpoint.Checkpoint | None) -> None:
         """Take up an edited longrun.toml; one that is wrong changes nothing and raises a problem."""
-        seen = (disk.signature(self.home.settings), newest and newest.lineage.base_model)
+        seen = (disk.signature(self.home.settings), newest and (newest.lineage.base_model, newest.lineage.optim))
         if seen == self._settings_seen:
             return
         self._settings_seen = seen
         try:
             fresh = config.load(self.home.settings, flags=self.flags)
             if newest is not None:
-                config.check_base(fresh, newest.lineage.base_model)
+                config.check_model(fresh, newest.lineage, self.home.root)
         except BadConfig as error:
             self.problem("settings", f"{error}. The former settings stay in force")
             return

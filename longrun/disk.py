@@ -79,13 +79,14 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def sync_tree(folder: Path) -> None:
-    """Make everything below `folder` durable, contents before names."""
+def sync_tree(folder: Path, on_file: Callable[[int], None] = lambda _: None) -> None:
+    """Make everything below `folder` durable, contents before names; `on_file` hears of each file, for heartbeats."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
-            sync_tree(entry)
+            sync_tree(entry, on_file)
         else:
             sync_file(entry)
+            on_file(entry.lstat().st_size)
     sync_folder(folder)
 
 

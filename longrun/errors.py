@@ -8,6 +8,7 @@
     |-- BadBackup        a backup, or what should become one, is not whole   exit 1
     |   `-- BadManifest  what says what is in a backup cannot be trusted     exit 1
     |-- BadModel         current_model/ is not something to go on from       exit 1
+    |-- CannotTrain      what files are trained with does not work           exit 1
     `-- ModelRemoved     current_model/ went away or changed under a run     exit 1
 
 Every message names what was attempted, on what, why it failed; `hint` says what to type next.
@@ -80,6 +81,10 @@ class BadManifest(BadBackup):
 
 class BadModel(LongrunError):
     """current_model/ holds nothing that training may go on from."""
+
+
+class CannotTrain(LongrunError):
+    """What files are trained with does not work: processes, base model, device or settings. No file is at fault."""
 
 
 class ModelRemoved(LongrunError):

@@ -6,22 +6,24 @@ Whatever the answer, a step trains exactly batch_size rows, shared evenly by all
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
-from longrun.errors import BadModel
+from longrun.errors import CannotTrain
 from longrun.wording import counted
 
 if TYPE_CHECKING:
     from longrun.context import Context
 
-LEARNT = "rows that fit a device"  # the ledger's fact: {situation: rows}
+LEARNT = "rows that fit a device"  # the ledger's fact: {situation: (rows, seconds since the epoch)}
+FORGOTTEN_S = 86_400.0  # perhaps somebody else had taken the memory: to try again costs an attempt a day
 
 
 def rows_at_once(context: Context, batch_size: int) -> int:
     settings = context.settings
     wanted = settings.train.per_device_train_batch_size or batch_size
-    limit = min(wanted, int(_learnt(context).get(_situation(context, batch_size), wanted)))
-    return _even_share(batch_size, settings.worker.processes, limit)
+    learnt, _ = _learnt(context).get(situation(context, batch_size), (wanted, 0))
+    return _even_share(batch_size, settings.worker.processes, min(wanted, learnt))
 
 
 def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -> None:
@@ -31,21 +33,24 @@ def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -
     last = attempts + 1 >= context.settings.worker.max_attempts
     limit = 1 if last else max(1, tried // 2)
     rows = _even_share(batch_size, context.settings.worker.processes, limit)
-    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {_situation(context, batch_size): rows}))
+    lesson = {situation(context, batch_size): (rows, time.time())}
+    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | lesson))
     context.say(
         "smaller batches",
-        f"from now on {counted(rows, 'row')} at once on a device; a step still trains {batch_size} rows",
+        f"for a day {counted(rows, 'row')} at once on a device, then more are tried again;"
+        f" a step still trains {batch_size} rows",
         level="warning",
     )
 
 
-def _learnt(context: Context) -> dict[str, int]:
-    learnt: dict[str, int] = json.loads(context.ledger.fact(LEARNT) or "{}")
-    return learnt
+def _learnt(context: Context) -> dict[str, tuple[int, float]]:
+    """What was learnt lately; a clock that was ahead is no reason to remember for longer."""
+    learnt: dict[str, tuple[int, float]] = json.loads(context.ledger.fact(LEARNT) or "{}")
+    return {what: lesson for what, lesson in learnt.items() if abs(time.time() - lesson[1]) < FORGOTTEN_S}
 
 
-def _situation(context: Context, batch_size: int) -> str:
-    """What the lesson holds for; in another situation more may fit.
+def situation(context: Context, batch_size: int) -> str:
+    """What takes memory, in words: a lesson holds for that, and in another situation more may fit.
 
     Whoever changes one of these may do so because of the lesson.
     """
@@ -65,7 +70,7 @@ def _even_share(batch_size: int, processes: int, limit: int) -> int:
     """The most rows at once, at most `limit`, with which every process trains the same number of a step's rows."""
     shares = [rows for rows in range(1, limit + 1) if batch_size % (rows * processes) == 0]
     if not shares:
-        raise BadModel(
+        raise CannotTrain(
             f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
             hint="set worker.processes to a divisor until that file is trained",
         )

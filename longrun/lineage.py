@@ -78,6 +78,7 @@ class InProgress:
 class Lineage:
     lineage: str  # unlike that of any other model
     base_model: str  # what it grew from, pinned
+    optim: str = ""  # whose state is beside the weights; "" in models older than this note
     global_step: int = 0
     files: tuple[FileRecord, ...] = ()
     in_progress: InProgress | None = None
@@ -162,6 +163,7 @@ class Lineage:
         head = {
             "lineage": self.lineage,
             "base_model": self.base_model,
+            "optim": self.optim,
             "global_step": self.global_step,
             "in_progress": here and asdict(here) | told,
         }
@@ -209,6 +211,7 @@ class LineageReader:
         lineage = Lineage(
             lineage=values["lineage"],
             base_model=values["base_model"],
+            optim=values.get("optim", ""),
             global_step=values["global_step"],
             files=known + found,
             in_progress=here

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, missing, process, requests, status
-from longrun.errors import BadModel, Locked, ModelRemoved
+from longrun.errors import BadModel, CannotTrain, Locked, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
 from longrun.recovery import Recovery
@@ -35,7 +35,7 @@ TICK_S = 0.5
 IDLE_TICK_S = 2.0  # news rings; only operators' requests have to be looked for
 REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
 ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
-LOOKS_AT_A_BAD_MODEL = 3  # when draining
+LOOKS_WHEN_DRAINING = 3  # at what a person must mend
 QUEUE_SHOWN = 100
 
 
@@ -58,8 +58,8 @@ class Daemon:
         self._taking_back = False  # what `retry --missing` asked for is not all in the queue yet
         self._next_scan = 0.0
         self._paused = False  # by the operator
-        self._trouble = ""  # "disk" or "model": training stands still and tries again by itself
-        self._model_troubles = (0, 0)  # how many jobs had ended, and how often trouble came since
+        self._trouble = ""  # "disk", "model" or "worker": training stands still and tries again by itself
+        self._troubles = (0, 0)  # how many jobs had ended, and how often trouble came since
         self._untidy = False
         self._trouble_over = 0.0  # monotonic: when to look again
         self._bad_model_since: float | None = None
@@ -84,7 +84,7 @@ class Daemon:
                 raise
             finally:
                 self._leave()
-        unfinished = self._by_hand is not None and bool(self._context.waiting(limit=1))
+        unfinished = self._by_hand is not None and (bool(self._context.waiting(limit=1)) or self._has_orphans)
         return self._context.rejected_now == 0 and not self._hopeless and not unfinished
 
     # -- start and end
@@ -173,7 +173,7 @@ class Daemon:
     # -- the tick
 
     def tick(self, now: float) -> bool:
-        """One round; True means leave. A full disk or a model that cannot be used makes training stand still."""
+        """One round; True means leave. What no file is to blame for makes training stand still until it is mended."""
         ended = self._context.ended_now
         try:
             # Between two looks at the model it may go, or a restore may take it: the next tick begins afresh.
@@ -186,6 +186,8 @@ class Daemon:
             self._stand_still(now, "disk", error)
         except BadModel as error:
             self._stand_still(now, "model", error)
+        except CannotTrain as error:
+            self._stand_still(now, "worker", error)
         self._tell_status(now)
         if self._context.ended_now > ended:  # a file is the largest thing that comes and goes
             process.return_free_memory()  # not before the next one trains: it takes milliseconds
@@ -214,6 +216,7 @@ class Daemon:
                 self._ring()  # the rest of it at once
             if self._runs.current is None and not self._context.waiting(limit=1):
                 self._context.disk_is_well()  # nothing of what it refused is left to be done
+                self._context.solved("worker")
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -234,10 +237,10 @@ class Daemon:
         kind = "room" if isinstance(error, disk.NoRoom) else trouble
         self._context.problem(kind, f"paused: {trouble}. {error}")
         self._trouble = trouble
-        if trouble == "model":
-            since_ended, looks = self._model_troubles
+        if trouble != "disk":
+            since_ended, looks = self._troubles
             ended = self._context.ended_now
-            self._model_troubles = (ended, looks + 1 if since_ended == ended else 1)
+            self._troubles = (ended, looks + 1 if since_ended == ended else 1)
         self._untidy = True  # it may have struck between a move and its record
         self._trouble_over = now + self._context.settings.worker.retry_s
 
@@ -443,13 +446,18 @@ class Daemon:
     @property
     def _hopeless(self) -> bool:
         """Draining, somebody waits for the end: what only a person can mend is said by leaving."""
-        since_ended, looks = self._model_troubles
-        return since_ended == self._context.ended_now and looks >= LOOKS_AT_A_BAD_MODEL
+        since_ended, looks = self._troubles
+        return since_ended == self._context.ended_now and looks >= LOOKS_WHEN_DRAINING
 
     def _nothing_left(self) -> bool:
         arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
-        busy = self._runs.current is not None or self._taking_back or self._scheduled.busy
+        busy = self._runs.current is not None or self._has_orphans or self._taking_back or self._scheduled.busy
         return arrived and not busy and not self._untidy and not self._context.waiting(limit=1)
+
+    @property
+    def _has_orphans(self) -> bool:
+        """Whether a run has ended, and it is not clear yet how: its model is damaged, or being removed."""
+        return self._runs.current is None and self._context.ledger.count(JobState.RUNNING) > 0
 
     @property
     def _takes_back(self) -> bool:

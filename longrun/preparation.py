@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import archive, disk, wire
 from longrun.config import unpinned
-from longrun.errors import BadModel
+from longrun.errors import CannotTrain
 from longrun.home import FACTS
 from longrun.job import Job, JobState
 from longrun.wording import counted
@@ -61,7 +61,7 @@ class Preparation:
             limits = self._context.settings.worker  # any task may begin with imports and a tokenizer to load
             limit_s = max(limits.start_timeout_s, limits.step_timeout_s)
             waited_for = self._busy_with is not None or not self.preparer.ready
-            if waited_for and self.preparer.silent_s(now) > limit_s:
+            if waited_for and self.preparer.hangs(now, limit_s):
                 self.preparer.kill()
                 self._died(f"no progress for {limit_s:g} s")
 
@@ -201,7 +201,7 @@ class Preparation:
         """A fault that is not the file's content: the disk, the base model, or the preparer itself."""
         if failure.kind in ("disk", "base model"):
             self.preparer.kill()
-            raise disk.Refused(failure.why) if failure.kind == "disk" else BadModel(failure.why, hint=failure.hint)
+            raise disk.Refused(failure.why) if failure.kind == "disk" else CannotTrain(failure.why, hint=failure.hint)
         self._count_attempt(job, failure.why)
 
     def _died(self, how: str) -> None:
@@ -213,10 +213,9 @@ class Preparation:
             self._count_attempt(current, f"the preparer died over it ({how})")
         elif self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0
-            log = self._context.home.logs / f"{self.preparer.role}.log"
-            raise BadModel(
-                f"the preparer cannot start ({how})",
-                hint=f"see the end of {log}; `daemon.py doctor` may tell why",
+            raise CannotTrain(
+                f"the preparer cannot start ({how}): {self.preparer.last_words()}",
+                hint=f"{self.preparer.log} tells more, `daemon.py doctor` may tell why",
             )
 
     def _count_attempt(self, job: Job, why: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+from pathlib import Path
 
 
 def die_with_parent() -> None:
@@ -14,6 +16,21 @@ def die_with_parent() -> None:
 
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def moved_bytes(pid: int) -> int:
+    """Bytes that a process and what it has started have read and written so far; 0 where that cannot be known.
+
+    Of files that are mapped into memory, as weights are, those count that had to be fetched (proc(5), read_bytes).
+    """
+    here = Path(f"/proc/{pid}")
+    moved = 0
+    with contextlib.suppress(OSError, ValueError):
+        facts = dict(line.split(": ") for line in (here / "io").read_text().splitlines())
+        moved = sum(int(facts[key]) for key in ("rchar", "wchar", "read_bytes"))
+        for child in (here / "task" / str(pid) / "children").read_text().split():
+            moved += moved_bytes(int(child))
+    return moved
 
 
 def return_free_memory() -> None:

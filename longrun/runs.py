@@ -12,8 +12,8 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, disk, fitting, wire
-from longrun.errors import BadFile, BadModel, ModelRemoved
+from longrun import blame, checkpoint, disk, fitting, wire
+from longrun.errors import BadFile, BadModel, CannotTrain, ModelRemoved
 from longrun.job import Job, JobState
 from longrun.plan import Plan, make_plan
 from longrun.wording import counted
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
     from longrun.lineage import InProgress, Lineage
+
+
+DEVICE = "device"  # in the ledger: cuda, once it was trained on
+FIXES = {
+    "crash": "the end of logs/worker.log tells more",
+    "hang": "if one step may take so long, raise worker.step_timeout_s",
+    "out of memory": "free memory on the device, or set a smaller max_length, or gradient_checkpointing = true",
+}
 
 
 @dataclass
@@ -219,6 +227,7 @@ class Runs:
             "optim": settings.train.optim,
             "report_to": settings.train.report_to,
             "processes": settings.worker.processes,
+            "use_cpu": settings.train.use_cpu,
         }
         return ("--options", json.dumps(fixed))
 
@@ -278,13 +287,30 @@ class Runs:
 
     def _keep_going(self, run: Run, now: float) -> None:
         if self.worker.ready and not run.sent:
+            self._check_device(run)
             run.sent = True
             self.worker.send(run.message, now)
-        limits = self._context.settings.worker
-        limit_s = limits.step_timeout_s if run.started else limits.start_timeout_s
-        if self.worker.silent_s(now) > limit_s:
+        limit_s = self._patience_s(run)
+        if self.worker.hangs(now, limit_s):
             self.worker.kill()
             self._died(f"no progress for {limit_s:g} s", kind="hang")
+
+    def _check_device(self, run: Run) -> None:
+        """A GPU that is gone, as after an update of its driver, must not go unnoticed: a CPU would train for weeks."""
+        known, device = self._context.ledger.fact(DEVICE), self.worker.device
+        if known is None or device.startswith(known) or self._context.settings.train.use_cpu:
+            return
+        self.worker.kill()
+        self._over(run)
+        self._context.ledger.move(run.job, JobState.QUEUED)
+        raise CannotTrain(
+            f"this home was trained on a GPU, and now the worker has {device}",
+            hint="`nvidia-smi` tells whether the driver works; to go on on the CPU, set use_cpu = true below [train]",
+        )
+
+    def _patience_s(self, run: Run) -> float:
+        limits = self._context.settings.worker
+        return limits.step_timeout_s if run.started else limits.start_timeout_s
 
     @property
     def waits_for_disk(self) -> bool:
@@ -292,7 +318,7 @@ class Runs:
 
     def overdue(self, now: float) -> bool:
         """Whether the worker has work and makes no progress: the system's watchdog is not reassured then."""
-        return self.current is not None and self.worker.silent_s(now) > self._context.settings.worker.step_timeout_s
+        return self.current is not None and self.worker.silent_s(now) > self._patience_s(self.current)
 
     def _apply(self, message: wire.Message, now: float) -> None:
         run = self.current
@@ -317,6 +343,9 @@ class Runs:
     def _started(self, run: Run, message: wire.Started, now: float) -> None:
         run.started, run.rows_at_once = True, message.rows_at_once
         self._deaths = 0
+        self._context.solved("worker")
+        if message.device.startswith("cuda") and self._context.ledger.fact(DEVICE) is None:
+            self._context.ledger.set_fact(DEVICE, "cuda")
         how = "kept in memory" if message.warm else f"loaded in {message.seconds:.1f} s"
         rows = counted(message.rows_at_once, "row")
         self._context.say(
@@ -351,6 +380,7 @@ class Runs:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
         self._context.disk_is_well()
+        blame.note_trained(self._context, run.plan.recipe.batch_size)
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -434,12 +464,14 @@ class Runs:
                 "rows": failure.rows,
             }
             self._context.reject(run.job, reason | {"fix": failure.hint})
+        elif failure.kind == "token":
+            self._context.reject(run.job, {"kind": failure.kind, "why": failure.why, "fix": failure.hint})
         elif failure.kind == "disk":
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise disk.Refused(failure.why)
         elif failure.kind == "base model":
             self._context.ledger.move(run.job, JobState.QUEUED)
-            raise BadModel(failure.why, hint=failure.hint)
+            raise CannotTrain(failure.why, hint=failure.hint)
         elif failure.kind == "prepared rows":
             disk.remove_tree(self._context.home.prepared(run.job.number), self._context.home.staging)
             self._retry(run, f"{failure.why}; it is prepared again", "crash")
@@ -467,9 +499,10 @@ class Runs:
         self._deaths += 1
         if self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0
-            raise BadModel(
-                f"the worker cannot start ({how})",
-                hint=f"see the end of {self._context.home.logs / 'worker.log'}; `daemon.py doctor` may tell why",
+            raise CannotTrain(
+                f"the worker cannot start ({how}): {self.worker.last_words()}",
+                hint=f"{self.worker.log} tells more, `daemon.py doctor` may tell why; the longest that loading may say"
+                " nothing and read nothing is worker.start_timeout_s",
             )
 
     def _retry(self, run: Run, why: str, kind: str) -> None:
@@ -492,8 +525,7 @@ class Runs:
         attempts = (0 if saved_step > run.start_step else run.job.attempts) + 1
         limit = self._context.settings.worker.max_attempts
         if attempts >= limit:
-            tried = counted(attempts, "attempt")
-            self._context.reject(run.job, {"kind": kind, "why": f"{why}; given up after {tried}"})
+            self._give_up(run, f"{why}; given up after {counted(attempts, 'attempt')}", kind)
             return
         if kind == "out of memory":
             fitting.make_smaller(self._context, run.plan.recipe.batch_size, run.rows_at_once, attempts)
@@ -505,6 +537,19 @@ class Runs:
             level="warning",
             job=run.job.number,
             kind=kind,
+        )
+
+    def _give_up(self, run: Run, why: str, kind: str) -> None:
+        """Reject the file, unless all tells of what it is trained with: then the next ones would only follow it."""
+        other = blame.alike(self._context, run.plan.recipe.batch_size, run.job.name)
+        if other is None:
+            self._context.reject(run.job, {"kind": kind, "why": why, "fix": FIXES[kind]})
+            return
+        self._context.ledger.move(run.job, JobState.QUEUED, attempts=0)
+        raise CannotTrain(
+            f"{run.job.name}: {why}, as {other} before it, and nothing was ever trained with this model, these settings"
+            " and libraries",
+            hint=f"{FIXES[kind]}. If the file is at fault, delete {self._context.home.claimed(run.job.number)}",
         )
 
     def _model_removed(self, run: Run, why: str) -> None:

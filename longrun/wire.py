@@ -160,7 +160,7 @@ class Failed:
     """Up, as the worker's last word: the run ended without its goal."""
 
     job: int
-    kind: str  # out of memory, diverged, model removed, base model, prepared rows, disk, crash
+    kind: str  # out of memory, diverged, token, model removed, base model, prepared rows, disk, crash
     why: str
     hint: str = ""
     global_step: int | None = None

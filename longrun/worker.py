@@ -1,7 +1,8 @@
 """A child process that does the heavy work, seen from the daemon: start, send, receive, kill.
 
 Two roles run the same program: the worker trains, the preparer reads files and makes tokens of them while the
-worker trains. Health is progress: a child that has work and says nothing for too long is as good as dead.
+worker trains. Health is progress: a child that has work, says nothing for too long and moves no bytes meanwhile is as
+good as dead. (A model of many GB is downloaded, loaded and saved for longer than any step takes, in silence.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from longrun import wire
+from longrun import process, wire
 
 if TYPE_CHECKING:
     import socket
@@ -25,6 +26,9 @@ PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 # accelerate reads the variables that torch's own launcher sets; its own starts one process only where there is no GPU.
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
 LOG_LIMIT_BYTES = 4 << 20
+SIGN_OF_LIFE_BYTES = 1 << 20  # read or written
+EXIT_S = 5.0  # that a process which has closed its socket is given to end: torch takes more than one
+LAST_WORDS_BYTES = 4096
 
 
 class Child:
@@ -37,7 +41,9 @@ class Child:
         self.options: tuple[str, ...] = ()
         self.ready = False  # it said hello
         self.used = False  # it has been given work since it started
+        self.device = ""  # of the worker, as it said
         self.heard_at = 0.0  # monotonic seconds; last sign of progress, or the start of what it is doing
+        self._moved_bytes = 0  # by then
 
     @property
     def running(self) -> bool:
@@ -66,11 +72,16 @@ class Child:
             self._process = subprocess.Popen(
                 [*command, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self.options, self.ready, self.used, self.heard_at = options, False, False, now
+        self.options, self.ready, self.used = options, False, False
+        self._alive(now)
+
+    @property
+    def log(self) -> Path:
+        """What the libraries print, so that the daemon's log stays one line an event."""
+        return self._home.logs / f"{self.role}.log"
 
     def _open_log(self) -> IO[bytes]:
-        """What the libraries print goes to logs/worker.log; the daemon's log stays one line an event."""
-        path = self._home.logs / f"{self.role}.log"
+        path = self.log
         path.parent.mkdir(exist_ok=True)  # a person may have removed it to make room
         too_long = path.exists() and path.stat().st_size > LOG_LIMIT_BYTES
         return path.open("wb" if too_long else "ab")
@@ -83,7 +94,7 @@ class Child:
         """Give it work; if it is gone, receive() will say so."""
         assert self._channel is not None
         self.used = True
-        self.heard_at = now
+        self._alive(now)
         with contextlib.suppress(wire.Closed):
             self._channel.send(message)
 
@@ -97,9 +108,10 @@ class Child:
             return []
         messages = self._channel.receive(0)
         if messages:
-            self.heard_at = now
-        if any(isinstance(message, wire.Hello) for message in messages):
-            self.ready = True
+            self._alive(now)
+        for message in messages:
+            if isinstance(message, wire.Hello):
+                self.ready, self.device = True, message.device
         return messages
 
     def _accept(self) -> None:
@@ -111,16 +123,39 @@ class Child:
     def silent_s(self, now: float) -> float:
         return now - self.heard_at
 
+    def _alive(self, now: float) -> None:
+        self.heard_at = now
+        self._moved_bytes = process.moved_bytes(self._process.pid) if self._process else 0
+
+    def hangs(self, now: float, limit_s: float) -> bool:
+        """Whether it has said nothing for so long, and moved no bytes since the last sign of life."""
+        if self._process is None or self.silent_s(now) <= limit_s:
+            return False
+        if process.moved_bytes(self._process.pid) - self._moved_bytes < SIGN_OF_LIFE_BYTES:
+            return True
+        self._alive(now)
+        return False
+
     def kill(self) -> str:
         """End it now, with everything it started; how it ended, in words."""
         if self._process is None:
             return "not running"
-        ended_by_itself = self._wait(0.5 if self._channel_gone() else 0)
+        ended_by_itself = self._wait(EXIT_S if self._channel_gone() else 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self._forget()
         return _in_words(code) if ended_by_itself else "killed by the daemon"
+
+    def last_words(self) -> str:
+        """The last line that it, or one before it, has written into its log: the error that ended it, if one did."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+                lines = log.read().decode("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1].strip()[:300] if lines else ""
 
     def _channel_gone(self) -> bool:
         try:

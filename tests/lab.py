@@ -112,10 +112,13 @@ class Lab:
         """Run the daemon until inbox and queue are empty; its exit code."""
         return int(self.start("--drain", *arguments, faults=faults, **environment).wait(LIMIT_S))
 
-    def command(self, *arguments: str, program: str = "daemon.py") -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, program: str = "daemon.py", faults: list[dict[str, Any]] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(REPOSITORY / program), *arguments, "--home", str(self.home)]
+        environment = self.environment(faults)
         return subprocess.run(
-            command, env=self.environment(), capture_output=True, text=True, timeout=LIMIT_S, cwd=self.home, check=False
+            command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, cwd=self.home, check=False
         )
 
     def kill(self, daemon: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun.config import TINY
-from longrun.errors import BadConfig
+from longrun.errors import BadConfig, BadFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,9 +35,11 @@ class Device:
         return f"{self.name}{' with bf16' if self.bf16 else ''} ({self.why})"
 
 
-def find_device(dtype: str = "auto") -> Device:
+def find_device(dtype: str = "auto", *, use_cpu: bool = False) -> Device:
     import torch
 
+    if use_cpu:
+        return Device("cpu", bf16=False, why="use_cpu is set")
     if not torch.cuda.is_available():
         built = "torch sees no CUDA device" if torch.version.cuda else "this torch is built for the CPU only"
         return Device("cpu", bf16=False, why=built)
@@ -80,10 +82,77 @@ def load_model(
     if attn_implementation != "auto":
         options["attn_implementation"] = attn_implementation
     with _told_as_bad_config(source):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
-        return model
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise unusable(
+            source, f"{len(missing)} of its weights are not in its files ({few}), and would be random numbers"
+        )
+    _drop_what_cannot_be_saved(model)
+    return model
+
+
+# Only with do_sample; transformers warns of them without it, and refuses to save them once a token of them is changed.
+SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def _drop_what_cannot_be_saved(model: PreTrainedModel) -> None:
+    """Settings of generation that have no effect, and would keep every checkpoint from being written."""
+    generation = model.generation_config
+    if generation is None or generation.do_sample:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        for name in SAMPLING:
+            if hasattr(generation, name):
+                setattr(generation, name, None)
+
+
+def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows up with, which the model must have, whatever the tokenizer says."""
+    known = _tokens_of(model)
+    wanted = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in wanted if token is not None and token < known))
+
+
+def check_takes(model: Any, facts: dict[str, Any], tokenizer: Any) -> None:
+    """BadFile when prepared rows have tokens that the model has not, BadConfig when they are too long for it."""
+    known, highest = _tokens_of(model), facts.get("highest_token", 0)
+    if highest >= known:
+        word = tokenizer.convert_ids_to_tokens(highest)
+        raise BadFile(
+            f"its rows have the token {word!r} ({highest}), and the model has tokens up to {known - 1}",
+            kind="token",
+            hint="resize the base model's embeddings to its tokenizer, or leave that token out",
+        )
+    positions, longest = _learnt_positions(model), facts["longest"]
+    if positions is not None and longest > positions:
+        raise BadConfig(
+            f"rows of up to {longest} tokens are to be trained, and this model has learnt {positions} positions",
+            hint=f"set max_length = {positions} below [train]",
+        )
+
+
+def _tokens_of(model: Any) -> int:
+    """How many tokens have an embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _learnt_positions(model: Any) -> int | None:
+    """How many positions there are where each has an embedding of its own (GPT-2, OPT); None where any can be told."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return None
+    import torch
+
+    tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and id(m) not in tables]
+    # OPT keeps two more than it has positions, for padding.
+    return int(most) if any(table.num_embeddings - int(most) in (0, 2) for table in others) else None
 
 
 def pinned(source: str) -> str:

@@ -15,10 +15,13 @@ If none can, the row is refused: training on guessed spans would teach the model
 
 from __future__ import annotations
 
+import json
+import re
 from bisect import bisect_left
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # cross entropy's own "no target here"
+# What day it is for templates that write it down (Llama 3, gpt-oss): a file must give the same tokens on any day. It is
+# the one that Llama 3's own has for want of a clock.
+TODAY = datetime(2024, 7, 26, tzinfo=UTC)
+_ASKS_THE_DAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of the rendered text, the end excluded
@@ -263,7 +270,7 @@ class _Template:
         try:
             return render_jinja_template(
                 conversations=[_without_nulls(messages)],
-                chat_template=self._tokenizer.get_chat_template(self._training_template, row.tools),
+                chat_template=_on_one_day(self._tokenizer.get_chat_template(self._training_template, row.tools)),
                 **variables,
             )
         except _TEMPLATE_FAILURES as error:
@@ -310,6 +317,12 @@ def _has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
         return bool(has_generation_markers(tokenizer.get_chat_template()))
     except ValueError:  # it has several, and none for conversations without tools
         return False
+
+
+@lru_cache
+def _on_one_day(template: str) -> str:
+    """The template with its dates written in."""
+    return _ASKS_THE_DAY.sub(lambda asked: json.dumps(TODAY.strftime(asked[2])), template)
 
 
 def _check_turns_are_trained(row: ChatRow, turns: list[int], trained: str) -> None:

@@ -62,6 +62,7 @@ class Tally:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    highest_token: int = 0
 
     def refuse(self, problem: BadFile) -> None:
         self.rows += 1
@@ -80,6 +81,7 @@ class Tally:
         self.tokens += len(encoded.input_ids)
         self.trained_tokens += encoded.trained_tokens
         self.longest = max(self.longest, len(encoded.input_ids))
+        self.highest_token = max(self.highest_token, max(encoded.input_ids))
         return True
 
 

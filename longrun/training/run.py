@@ -49,6 +49,7 @@ SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a 
 LOOK_FOR_ROOM_S = 2.0
 ROWS_TOLD = 100_000  # of a skipped file; of a larger one only their number is told
 ROOM_MARGIN_BYTES = 32 << 20
+WRITE_REFUSED = ("PytorchStreamWriter", "iostream error", "cannot be opened", "Parent directory")  # torch.save
 
 
 class Line(Protocol):
@@ -100,6 +101,7 @@ class Options:
     report_to: tuple[str, ...]
     processes: int = 1
     may_be_fewer: bool = False  # rows at once, where that is faster
+    use_cpu: bool = False
 
     def rows_on_a_cpu(self, row_tokens: float) -> int:
         """As many rows a micro-batch as have TOKENS_ON_A_CPU, if each row has `row_tokens`, and divide the batch."""
@@ -121,7 +123,7 @@ class Runner:
         self._base = ""
         self._adds_up = False
         self._verifier = checkpoint.Verifier()
-        self.device = base_model.find_device(options.dtype)
+        self.device = base_model.find_device(options.dtype, use_cpu=options.use_cpu)
         self._args = _arguments(home, options, self.device)
         self.world = World()
         self.metrics = Metrics(
@@ -136,7 +138,10 @@ class Runner:
         warm = self._trainer is not None
         trainer = self._trainer or self._load(task, newest)
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=self._base)
-        trainer.take_at_once(self._rows_at_once(Path(task.prepared)), self.world.size)
+        lineage = replace(lineage, optim=self._options.optim)
+        facts = json.loads((Path(task.prepared) / FACTS).read_bytes())
+        base_model.check_takes(trainer.model, facts, trainer.processing_class)
+        trainer.take_at_once(self._rows_at_once(facts["tokens"] / facts["trainable_rows"]), self.world.size)
         with checkpoint.OpenModel(self._home, newest) as model:
             session = Session(self._home, self._channel, task, lineage, model, trainer, self.metrics, self.world)
             trainer.conductor, trainer.resumes = session, digest
@@ -151,12 +156,11 @@ class Runner:
             self.metrics.flush()
             return session.ended()
 
-    def _rows_at_once(self, prepared: Path) -> int:
+    def _rows_at_once(self, row_tokens: float) -> int:
         options = self._options
         if not options.may_be_fewer or not self._adds_up or self.device.name != "cpu":
             return options.per_device
-        facts = json.loads((prepared / FACTS).read_bytes())
-        return options.rows_on_a_cpu(facts["tokens"] / facts["trainable_rows"])
+        return options.rows_on_a_cpu(row_tokens)
 
     def _tell_started(self, session: Session, seconds: float, *, warm: bool) -> None:
         """Said when model and optimizer stand ready: what fails before is no fault of the file."""
@@ -180,10 +184,10 @@ class Runner:
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
         )
-        self._base = base_model.pinned(task.base_model)
+        if newest is None:  # a model carries where it grew from, and outlives that
+            self._base = base_model.pinned(task.base_model)
         tokenizer = base_model.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        collator = Collator(pad)
+        collator = Collator(base_model.padding(model, tokenizer))
         trainer = PlannedTrainer(
             model=model,
             args=self._args,
@@ -276,6 +280,7 @@ class Session:
             world, self.progress.loss_sum, self.progress.last_loss, check_every=1 if on_cpu else CHECK_EVERY
         )
         self.on_begin: Callable[[], None] = lambda: None
+        self._alive = Pulse(channel, "training")
         self._stop = ""
         self._eval_loss: float | None = None
         self._logged_at = self.progress.global_step
@@ -297,6 +302,7 @@ class Session:
 
     def trained(self, loss: torch.Tensor, rows: list[int]) -> None:
         self._losses.add(loss, rows)
+        self._alive(len(rows))  # a step of many micro-batches may be long
 
     def step_ended(self, state: TrainerState, control: TrainerControl) -> None:
         """What follows a step: account for it, tell it, and decide on stopping, evaluating and saving."""
@@ -415,9 +421,12 @@ class Session:
                 keep = self._task.save_total_limit
                 return self._model.commit(staged, lineage, keep=keep, on_bytes=alive).digest
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not self._was_for_want_of_room(error):
-                raise
-            disk.remove_tree(staged, self._home.staging)
+            if self._was_for_want_of_room(error):
+                disk.remove_tree(staged, self._home.staging)
+                return None
+            if _tells_of_a_file(error):
+                raise disk.Refused(f"{staged.name} cannot be written: {error}") from error
+            raise
         return None
 
     def _lineage_at(self, step: int) -> Lineage:
@@ -473,3 +482,8 @@ class Session:
     def _row_numbers(self, indices: Any) -> list[int]:
         rows = PlannedRows(Path(self._task.prepared), indices)
         return [rows[position]["row"] for position in range(len(rows))]
+
+
+def _tells_of_a_file(error: Exception) -> bool:
+    """Whether it is torch's or safetensors' word for a write that the system refused."""
+    return isinstance(error, SafetensorError) or any(words in str(error) for words in WRITE_REFUSED)

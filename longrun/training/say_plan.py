@@ -25,7 +25,7 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
     settings = config.load(home.settings, flags=flags)
     newest = _newest(home)
     if newest is not None:
-        config.check_base(settings, newest.lineage.base_model)
+        config.check_model(settings, newest.lineage, home.root)
     step = newest.global_step if newest else 0
     tokenizer = load_tokenizer(
         str(newest.path) if newest else settings.model.base_model,

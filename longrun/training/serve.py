@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longrun.training.run import Line, Runner
 
 LOCK_WAIT_S = 60.0
+WHY_CHARACTERS = 300
 
 
 def be_a_child() -> None:
@@ -95,16 +96,19 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
         )
     if isinstance(error, ModelRemoved):
         return wire.Failed(job=job, kind="model removed", why=said)
+    if isinstance(error, BadFile):
+        return wire.Failed(job=job, kind=error.kind, why=error.why, hint=error.hint)
     if isinstance(error, DamagedRows):
         return wire.Failed(job=job, kind="prepared rows", why=said)
-    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in disk.NO_FILES_FAULT):
+    if isinstance(error, DiskFull | OSError):  # no file of a person is opened here: what is refused is the home's own
         return wire.Failed(job=job, kind="disk", why=said)
     if isinstance(error, BadConfig):
         return wire.Failed(job=job, kind="base model", why=error.message, hint=error.hint)
     if is_out_of_memory(error):
         return wire.Failed(job=job, kind="out of memory", why=f"out of memory: {said.splitlines()[0]}")
     hint = error.hint if isinstance(error, LongrunError) else ""
-    return wire.Failed(job=job, kind="crash", why=f"{type(error).__name__}: {said.splitlines()[0]}", hint=hint)
+    in_one_line = " ".join(said.split())[:WHY_CHARACTERS]
+    return wire.Failed(job=job, kind="crash", why=f"{type(error).__name__}: {in_one_line}", hint=hint)
 
 
 # -- the preparer

@@ -60,6 +60,10 @@ class PlannedTrainer(Trainer):
         self.in_memory = InMemory()
         super().__init__(**options)
         self.add_callback(_Beat(self))
+        assert self.model is not None
+        self._grown_by_length: list[Any] = [
+            m for m in self.model.modules() if getattr(m, "rope_type", None) == "dynamic"
+        ]
 
     def weights(self) -> list[torch.nn.Parameter]:
         assert self.model is not None
@@ -81,6 +85,12 @@ class PlannedTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.conductor.trained(loss, rows)
         return loss
+
+    def forget_lengths(self) -> None:
+        """Dynamic RoPE goes by the longest row since the model was loaded: let no step know of those before it."""
+        for rope in self._grown_by_length:
+            rope.max_seq_len_cached = rope.original_max_seq_len
+            rope.register_buffer("inv_freq", rope.original_inv_freq.to(rope.inv_freq.device), persistent=False)
 
     # -- learning rate: a function of the global step and the recipe, of nothing else
 
@@ -163,6 +173,7 @@ class _Beat(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         reseed(self._trainer.conductor.recipe.seed, state.global_step, args.process_index)
+        self._trainer.forget_lengths()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from contextlib import closing
 
 import pytest
@@ -83,7 +84,7 @@ def test_out_of_memory_makes_batches_smaller_and_steps_not(story):
     assert (record["planned_steps"], record["batch_size"]) == (3, 8)
     received = story.steps_received()
     assert [len(received[step]) for step in range(record["base_step"], record["target_step"])] == [8, 8, 8]
-    assert "from now on 4 rows at once on a device; a step still trains 8 rows" in story.log
+    assert "for a day 4 rows at once on a device, then more are tried again; a step still trains 8 rows" in story.log
     assert len(retries(story, "large")) <= 2
 
 
@@ -117,6 +118,81 @@ def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab, torch_h
     assert "no progress for 3 s; given up after 2 attempts" in reason(lab, "hanging")["why"]
     assert lab.times_trained("next", ROWS) == {1: ROWS}
     assert [file["name"] for file in lab.lineage["files"]] == ["next.jsonl"]
+
+
+def test_what_takes_long_and_gets_on_is_no_hang(make_lab, torch_hand):
+    """A step of many micro-batches, and a checkpoint whose writing says nothing: each longer than may be silent."""
+    settings = {"worker.step_timeout_s": 1.0, "worker.max_attempts": 1, "train.per_device_train_batch_size": 1}
+    lab = make_lab(hand=torch_hand, **settings)
+    lab.drop("patient.jsonl", ROWS)
+    slow = {"role": "worker", "nth": 0}
+    steps = [{**slow, "at": STEP, "do": "slow"} for _ in range(3)]  # 8 times 0.3 s a step
+    assert lab.drain(faults=[*steps, {**slow, "at": "longrun.checkpoint:seal", "do": "write slowly"}]) == 0
+    assert lab.times_trained("patient", ROWS) == {1: ROWS}
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_who_waits_for_the_end_hears_of_a_model_that_was_damaged_after_its_last_commit(make_lab, torch_hand, by_hand):
+    faults = [{"at": "longrun.checkpoint:retire", "role": "worker", "when": "after", "do": "damage", "nth": 0}]
+    lab = make_lab(hand=None if by_hand else torch_hand)
+    lab.drop("only.jsonl", ROWS)
+    if by_hand:
+        file = (lab.inbox / "only.jsonl").rename(lab.home / "only.jsonl")
+        done = lab.command(str(file), program="train.py", faults=faults)
+        assert done.returncode == 1
+    else:
+        assert lab.drain(faults=faults) == 1
+    assert "no checkpoint in it verifies" in lab.log
+    assert lab.names("trained") == set()
+
+
+def test_what_fails_with_every_file_does_not_empty_the_queue_into_rejected(make_lab, torch_hand):
+    """As of a model that cannot be saved: until something has trained, a second failure tells of what both share."""
+    lab = make_lab(hand=torch_hand, **{"worker.max_attempts": 2})
+    for name in ("first", "second", "third"):
+        lab.drop(f"{name}.jsonl", ROWS)
+    assert lab.drain(faults=[{"at": "longrun.checkpoint:seal", "role": "worker", "nth": 0, "do": "kill"}]) == 1
+    assert lab.names("rejected") == {"first.jsonl", "first.jsonl.reason.json"}
+    assert reason(lab, "first")["fix"] == "the end of logs/worker.log tells more"
+    problem = next(event["message"] for event in lab.events if event["event"] == "problem")
+    assert "second.jsonl: the worker died (SIGKILL" in problem
+    assert (
+        "as first.jsonl before it, and nothing was ever trained with this model, these settings and libraries"
+        in problem
+    )
+    assert lab.drain() == 0
+    assert lab.names("trained") == {"second.jsonl", "third.jsonl"}
+    assert {name: lab.times_trained(name, ROWS) for name in ("second", "third")} == {
+        name: {1: ROWS} for name in ("second", "third")
+    }
+
+
+def test_a_gpu_that_is_gone_is_waited_for_unless_the_cpu_is_asked_for(make_lab, torch_hand):
+    lab = make_lab(hand=torch_hand)
+    lab.drop("first.jsonl", ROWS)
+    assert lab.drain() == 0
+    with closing(sqlite3.connect(lab.home / "state" / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute("insert into fact values ('device', 'cuda')")
+    lab.drop("second.jsonl", ROWS)
+    assert lab.drain() == 1
+    assert "paused: worker. this home was trained on a GPU, and now the worker has cpu" in lab.log
+    assert lab.names("rejected") == set()
+    lab.configure(**{"train.use_cpu": True, "log.rows": True})
+    assert lab.drain() == 0
+    assert lab.times_trained("second", ROWS) == {1: ROWS}
+    assert "second.jsonl: training on cpu (use_cpu is set)" in lab.log
+
+
+def test_an_optimizer_that_cannot_go_on_from_the_state_of_another_changes_nothing(make_lab, torch_hand):
+    lab = make_lab(hand=torch_hand)
+    lab.start()
+    drop_and_wait(lab, "first")
+    lab.configure(**{"train.optim": "adafactor", "inbox.settle_s": 0.3})
+    lab.wait_until(lambda: "The former settings stay in force" in lab.log)
+    drop_and_wait(lab, "second")
+    assert lab.times_trained("second", ROWS) == {1: ROWS}
+    assert lab.lineage["optim"] == "adamw_torch_fused"
+    assert 'to go on: optim = "adamw_torch_fused" below [train]' in " ".join(lab.status["problems"])
 
 
 def test_each_worker_that_a_file_kills_counts_until_the_file_is_given_up(tmp_path):

@@ -152,7 +152,7 @@ def _in_words(trainer: Worker, task: wire.Train) -> wire.Message:
     except checkpoint.Damaged as error:
         return wire.Failed(job=job, kind="crash", why=str(error))
     except OSError as error:
-        return wire.Failed(job=job, kind="disk" if error.errno in disk.NO_FILES_FAULT else "crash", why=str(error))
+        return wire.Failed(job=job, kind="disk", why=str(error))
 
 
 def prepare(socket: Path) -> None:

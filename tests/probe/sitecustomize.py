@@ -23,6 +23,8 @@ its nth call, or every time with "nth": 0; with "once" it strikes once in all, u
     oom          as if a device had no memory left     device full   really (needs CUDA)
     eat          all memory that the system gives       segfault
     remove model `rm -rf current_model/`
+    damage       a byte more in a file of each checkpoint
+    write slowly 10 MB a second into the staging folder, for three seconds
 """
 
 from __future__ import annotations
@@ -133,6 +135,21 @@ def remove_model() -> None:
     subprocess.run(["rm", "-rf", str(model)], start_new_session=True, check=False)
 
 
+def damage_checkpoints() -> None:
+    for folder in (Path(os.environ["LONGRUN_PROBE"]).parent / "current_model").glob("checkpoint-*"):
+        with (folder / "trainer_state.json").open("a") as file:
+            file.write(" ")
+
+
+def write_slowly() -> None:
+    slow = Path(os.environ["LONGRUN_PROBE"]).parent / "state" / "staging" / "slow"
+    for _ in range(30):
+        with slow.open("a") as file:
+            file.write("x" * (1 << 20))
+        time.sleep(0.1)
+    slow.unlink()
+
+
 def say_no_memory() -> None:
     import torch
 
@@ -164,6 +181,8 @@ STRIKES = {
     "hang": lambda: time.sleep(3600),
     "slow": lambda: time.sleep(0.1),
     "remove model": remove_model,
+    "damage": damage_checkpoints,
+    "write slowly": write_slowly,
     "oom": say_no_memory,
     "device full": fill_device,
     "eat": eat_memory,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from longrun.errors import BadConfig, BadFile
 from longrun.training import base_model
 from longrun.training.ask import ask
+from longrun.training.tiny import make_model, make_tokenizer
 from tests.lab import chat
 from tests.training.templates import random_weights_folder
 from tests.training.workshop import Workshop
@@ -114,6 +117,108 @@ def test_rows_are_cut_where_the_model_takes_no_more_whatever_the_settings_say(tm
     assert (facts["cut_at"], facts["longest"], facts["truncated_rows"]) == (32, 32, 1)
 
 
+@pytest.fixture
+def base(tmp_path):
+    """The tiny model as a folder, to be spoilt."""
+    folder = tmp_path / "base"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workshop(tmp_path, base):
+    made = Workshop(tmp_path / "home", base_model=str(base))
+    yield made
+    made.close()
+
+
+def test_a_model_outlives_the_folder_that_it_grew_from(workshop, base):
+    first, second = (workshop.prepare(name, 12) for name in "ab")
+    workshop.train(*first)
+    shutil.rmtree(base)
+    workshop.restart()
+    workshop.train(*second)
+    assert workshop.newest.global_step == 2
+    assert workshop.newest.lineage.base_model == str(base)
+
+
+def test_settings_of_generation_that_transformers_only_warns_of_keep_no_checkpoint_from_being_written(workshop, base):
+    """It refuses to save them as soon as a token of them is changed to the tokenizer's, which training begins with."""
+    path = base / "generation_config.json"
+    settings = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token_id"}
+    path.write_text(json.dumps({**settings, "temperature": 0.9, "top_p": 0.8}))
+    workshop.train_file("a", 12)
+    told = json.loads((workshop.home.model / "generation_config.json").read_text())
+    assert "temperature" not in told
+    assert told["pad_token_id"] == make_tokenizer().pad_token_id
+
+
+def test_settings_of_generation_that_are_in_force_stay(workshop, base):
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "temperature": 0.9}))
+    workshop.train_file("a", 12)
+    assert json.loads((workshop.home.model / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_rows_are_filled_up_with_a_token_that_the_model_has(workshop, base):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<filler>"})  # and the model was not resized
+    tokenizer.save_pretrained(base)
+    workshop.train_file("a", 37)
+    assert workshop.times_trained(0, 4, 37) == {1: 37}
+
+
+def test_a_row_with_a_token_that_the_model_has_not_rejects_its_file_with_the_word(workshop, base):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<strange>"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(BadFile, match=r"its rows have the token '<strange>' \(\d+\), and the model has tokens up to"):
+        workshop.train_file("a", [chat("hello", "a <strange> answer")])
+
+
+def test_rows_longer_than_the_learnt_positions_of_a_model_are_told_before_they_are_trained(workshop, base):
+    tokenizer = make_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    shutil.rmtree(base)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    with pytest.raises(BadConfig, match="this model has learnt 32 positions") as caught:
+        workshop.train_file("a", [chat("x", "y" * 100)])
+    assert caught.value.hint == "set max_length = 32 below [train]"
+    workshop.with_recipe(max_length=32)
+    workshop.train_file("b", [chat("x", "y" * 100)])
+    assert workshop.newest.global_step == 1
+
+
+def test_a_base_model_whose_files_lack_weights_is_not_trained_from_random_ones(workshop, base):
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {f"module.{name}": tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(BadConfig, match=r"of its weights are not in its files \(.*, and would be random numbers"):
+        workshop.train_file("a", 12)
+
+
+def test_dynamic_rope_lets_no_step_know_of_the_rows_before_it(tmp_path, base):
+    config = json.loads((base / "config.json").read_text())
+    config |= {
+        "max_position_embeddings": 48,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    states = []
+    for restarts in (False, True):
+        made = Workshop(tmp_path / f"home-{restarts}", base_model=str(base))
+        made.train_file("a", [chat("x", "y" * 200)] * 12)
+        if restarts:
+            made.restart()
+        made.train_file("b", [chat("x", "y" * length) for length in range(50, 98)])
+        states.append(made.state())
+        made.close()
+    assert states[0] == states[1]
+
+
 AMPERE, TURING = SimpleNamespace(major=8), SimpleNamespace(major=7)
 
 
@@ -134,6 +239,11 @@ def test_a_gpu_trains_in_bf16_where_it_can_and_may(monkeypatch, dtype, generatio
     # A Turing holds bf16 numbers and computes with them, by emulation.
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
     assert str(base_model.find_device(dtype)) == told
+
+
+def test_the_cpu_trains_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(base_model.find_device(use_cpu=True)) == "cpu (use_cpu is set)"
 
 
 def test_without_a_gpu_the_cpu_trains_in_full_precision(monkeypatch):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, tzinfo
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from longrun.errors import BadFile
 from longrun.rows import ChatRow, CompletionRow, TextRow
@@ -514,6 +516,21 @@ def test_rows_tokenised_by_several_threads_are_those_encoded_one_by_one() -> Non
 
 
 # The helpers other tests start from
+
+
+def test_a_template_that_writes_the_date_down_gives_the_same_tokens_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    days = iter(range(1, 29))  # each time that it is asked for
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2030, 1, next(days), tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    row = ChatRow(messages=TWO_TURNS)
+    first, second = (Encoder(tiny_tokenizer("llama3_2"), max_length=2048).encode(row) for _ in range(2))
+    assert first == second
+    assert "26 Jul 2024" in tiny_tokenizer("llama3_2").decode(first.input_ids)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "llama3", "gemma", "gemma3", "phi3", "smollm2"])

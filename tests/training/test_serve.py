@@ -36,10 +36,11 @@ def task():
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS.items())
-def test_the_worker_tells_what_no_file_is_to_blame_for(task, name, kind):
+@pytest.mark.parametrize("name", KINDS)
+def test_no_file_is_to_blame_for_what_the_system_refuses_the_worker(task, name):
+    """It reads nothing but what was prepared, and writes into the home."""
     failed = serve._in_words(task, refused(name))
-    assert (failed.job, failed.kind) == (7, kind)
+    assert (failed.job, failed.kind) == (7, "disk")
 
 
 NO_MEMORY = (

@@ -48,6 +48,7 @@ class Workshop:
     per_device: int = 12
     may_be_fewer: bool = False
     save_steps: int = 4
+    optim: str = "adamw_torch_fused"
     report_to: tuple[str, ...] = ()
     said: list[wire.Message] = field(default_factory=list)
     received: dict[int, list[int]] = field(default_factory=dict)  # global step -> row numbers from 1, last time counts
@@ -76,7 +77,7 @@ class Workshop:
             attn_implementation="auto",
             trust_remote_code=False,
             gradient_checkpointing=False,
-            optim="adamw_torch",
+            optim=self.optim,
             report_to=self.report_to,
             may_be_fewer=self.may_be_fewer,
         )

@@ -39,7 +39,7 @@ FLOORS = {
         "transfer",
     ],
     "pulse": ["process", "journal", "notify", "inbox", "worker"],
-    "loop": ["context", "fitting", "preparation", "runs", "recovery", "scheduled", "loop"],
+    "loop": ["context", "fitting", "blame", "preparation", "runs", "recovery", "scheduled", "loop"],
     "programs": ["compose", "commands", "doctor", "demo", "backup_commands"],
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]

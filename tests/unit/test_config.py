@@ -8,6 +8,7 @@ import pytest
 from longrun import config
 from longrun.config import REFUSED, SECTIONS, Settings
 from longrun.errors import BadConfig
+from longrun.lineage import Lineage
 from tests.unit.builders import RECIPE
 
 if TYPE_CHECKING:
@@ -207,11 +208,38 @@ def test_a_pinned_name_is_known_without_its_commit() -> None:
     assert config.unpinned("tiny") == "tiny"
 
 
-def test_a_model_grows_on_only_from_its_own_base(load: Callable[..., Settings]) -> None:
-    config.check_base(load(), "org/other")  # nothing was asked for
-    config.check_base(load("[model]\nbase_model = 'org/name'"), "org/name@0123abc")
-    with pytest.raises(BadConfig, match=r"base_model is org/name .* grew from org/other"):
-        config.check_base(load("[model]\nbase_model = 'org/name'"), "org/other")
+def test_a_model_grows_on_only_from_its_own_base(load: Callable[..., Settings], tmp_path: Path) -> None:
+    def check(settings: Settings, grown: str) -> None:
+        config.check_model(settings, Lineage(lineage="one", base_model=grown), tmp_path)
+
+    check(load(), "org/other")  # nothing was asked for
+    check(load("[model]\nbase_model = 'org/name'"), "org/name@0123abc")
+    check(load("[model]\nbase_model = 'gone/base'"), f"{tmp_path}/gone/base")  # it was a folder in the home
+    with pytest.raises(
+        BadConfig, match=r"base_model is org/name .* grew from org/other; to begin anew: `daemon.py reset`"
+    ):
+        check(load("[model]\nbase_model = 'org/name'"), "org/other")
+
+
+@pytest.mark.parametrize(
+    ("was", "wanted"),
+    [("adamw_torch", "adamw_torch_fused"), ("adamw_torch_fused", "adamw_torch"), ("sgd", "sgd"), ("", "adafactor")],
+)
+def test_an_optimizer_goes_on_from_its_own_state(
+    load: Callable[..., Settings], tmp_path: Path, was: str, wanted: str
+) -> None:
+    lineage = Lineage(lineage="one", base_model="tiny", optim=was)
+    config.check_model(load(f"[train]\noptim = '{wanted}'"), lineage, tmp_path)
+
+
+@pytest.mark.parametrize(("was", "wanted"), [("adamw_torch_fused", "adafactor"), ("adafactor", None)])
+def test_an_optimizer_does_not_go_on_from_the_state_of_another(
+    load: Callable[..., Settings], tmp_path: Path, was: str, wanted: str | None
+) -> None:
+    lineage = Lineage(lineage="one", base_model="tiny", optim=was)
+    settings = load(f"[train]\noptim = '{wanted}'" if wanted else "")
+    with pytest.raises(BadConfig, match=rf"optim is .* was trained by {was}.*; to go on: optim = \"{was}\" below"):
+        config.check_model(settings, lineage, tmp_path)
 
 
 def test_changes_are_told_by_name(load: Callable[..., Settings]) -> None:

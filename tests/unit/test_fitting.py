@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 
 from longrun import fitting
 from longrun.config import Settings
-from longrun.errors import BadModel
+from longrun.errors import CannotTrain
 from longrun.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -63,8 +64,17 @@ def test_whoever_changes_what_takes_memory_is_not_held_to_what_did_not_fit_befor
     assert fitting.rows_at_once(context, 8) == 1
 
 
+@pytest.mark.parametrize("clock_s", [fitting.FORGOTTEN_S + 1, -fitting.FORGOTTEN_S - 1])
+def test_more_rows_are_tried_again_after_a_day(context: Any, monkeypatch: pytest.MonkeyPatch, clock_s: float) -> None:
+    fitting.make_smaller(context, 8, tried=8, attempts=1)
+    assert fitting.rows_at_once(context, 8) == 4
+    later = time.time() + clock_s
+    monkeypatch.setattr(fitting.time, "time", lambda: later)
+    assert fitting.rows_at_once(context, 8) == 8
+
+
 def test_processes_that_cannot_share_a_step_evenly_are_told(context: Any) -> None:
     change(context, "worker", processes=4)
     assert fitting.rows_at_once(context, 8) == 2
-    with pytest.raises(BadModel, match="cannot share the batch of 6 rows"):
+    with pytest.raises(CannotTrain, match="cannot share the batch of 6 rows"):
         fitting.rows_at_once(context, 6)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
-from longrun import wire, worker
+from longrun import process, wire, worker
 from longrun.worker import Child
 
 if TYPE_CHECKING:
@@ -78,6 +78,32 @@ def test_silence_is_measured_from_the_start(child: Callable[..., Child]) -> None
     started = child("time.sleep(60)")
     assert started.receive(103.0) == []
     assert started.silent_s(107.0) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("does", "hangs"), [("time.sleep(60)", True), ("open('moved', 'wb').write(bytes(2 << 20)); time.sleep(60)", False)]
+)
+def test_silence_is_no_hang_while_bytes_are_moved(child: Callable[..., Child], does: str, hangs: bool) -> None:
+    started = child(f"channel = hello(); channel.receive(None); {does}")
+    wait_for(started, 102.0)
+    started.send(wire.Stop(why="pause"), 103.0)
+    moved = process.moved_bytes(started.pid or 0)
+    deadline = time.monotonic() + LIMIT_S
+    while not hangs and process.moved_bytes(started.pid or 0) < moved + (2 << 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert not started.hangs(113.0, 10.0)
+    assert started.hangs(114.0, 10.0) is hangs
+    assert started.hangs(125.0, 10.0), "nothing was moved since"
+
+
+def test_the_last_words_of_a_child_are_the_last_line_of_its_log(child: Callable[..., Child]) -> None:
+    started = child("print('once'); sys.exit('it broke:\\nand why  ')")
+    assert started.last_words() in ("", "once", "and why")
+    with pytest.raises(wire.Closed):
+        wait_for(started)
+    started.kill()
+    assert started.last_words() == "and why"
 
 
 def test_a_child_knows_its_home_and_options(home: Home, child: Callable[..., Child]) -> None:
