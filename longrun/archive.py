@@ -32,6 +32,11 @@ REASON = ".reason.json"
 SECONDS_A_DAY = 86400
 
 
+def is_accepted(name: str) -> bool:
+    """Whether a file of this name is taken from the inbox."""
+    return ACCEPTED.search(name) is not None and TEMPORARY.search(name) is None
+
+
 def put_away(home: Home, job: Job) -> Path | None:
     """Move the file of a finished job to its last place and drop what was prepared; where the file is now."""
     target = None
@@ -97,25 +102,41 @@ def take_back(home: Home, name: str) -> Path:
     return target
 
 
-def find_trained(home: Home, job: Job, taken: Collection[Path] = (), on_bytes: OnBytes = lambda _: None) -> Path | None:
-    """The job's file in trained/, known by its bytes, under the job's name or one that `free_name` made of it.
+class Trained:
+    """The files in trained/, known by their bytes; each is read once, for as long as it does not change."""
 
-    None when a person or the retention removed it, or when other bytes have its name. Paths in `taken` are of other
-    jobs with the same bytes.
-    """
-    exact = home.trained / job.name
-    if _is_of(job, exact, taken, on_bytes):
-        return exact
-    others = home.trained.iterdir() if home.trained.is_dir() else ()
-    numbered = sorted(path for path in others if _is_numbered(path.name, job.name))
-    return next((path for path in numbered if _is_of(job, path, taken, on_bytes)), None)
+    def __init__(self, home: Home, on_bytes: OnBytes = lambda _: None) -> None:
+        self._home = home
+        self._on_bytes = on_bytes
+        self._digests: dict[Path, tuple[tuple[int, ...], str]] = {}
 
+    def find(self, job: Job, taken: Collection[Path] = ()) -> Path | None:
+        """The job's file, under the job's name or one that `free_name` made of it.
 
-def _is_of(job: Job, path: Path, taken: Collection[Path], on_bytes: OnBytes) -> bool:
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        regular = path not in taken and path.is_file() and not path.is_symlink()
-        return regular and disk.hash_file(path, on_bytes) == job.sha256
-    return False
+        None when a person or the retention removed it, or when other bytes have its name. Paths in `taken` are of
+        other jobs with the same bytes.
+        """
+        folder = self._home.trained
+        exact = folder / job.name
+        if self._is_of(job, exact, taken):
+            return exact
+        others = folder.iterdir() if folder.is_dir() else ()
+        numbered = sorted(path for path in others if _is_numbered(path.name, job.name))
+        return next((path for path in numbered if self._is_of(job, path, taken)), None)
+
+    def _is_of(self, job: Job, path: Path, taken: Collection[Path]) -> bool:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            regular = path not in taken and path.is_file() and not path.is_symlink()
+            return regular and self._digest(path) == job.sha256
+        return False
+
+    def _digest(self, path: Path) -> str:
+        signature = disk.signature(path)
+        known, digest = self._digests.get(path, ((), ""))
+        if known != signature:
+            digest = disk.hash_file(path, self._on_bytes)
+            self._digests[path] = (signature, digest)
+        return digest
 
 
 def _is_numbered(found: str, name: str) -> bool:
@@ -124,8 +145,8 @@ def _is_numbered(found: str, name: str) -> bool:
     return number.isdecimal() and found == _numbered(name, int(number))
 
 
-def claim_again(home: Home, job: Job, found: Path) -> None:
-    """Move a trained file back into the folder of its job, durably; the ledger follows.
+def claim_again(home: Home, job: Job, found: Path) -> bool:
+    """Move a trained file back into the folder of its job, durably, and the ledger follows; False if it went meanwhile.
 
     After a crash in between, the job is still trained and its file is put away once more.
     """
@@ -133,7 +154,12 @@ def claim_again(home: Home, job: Job, found: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     disk.sync_tree(home.job(job.number))
     disk.sync_folder(home.jobs)
-    disk.rename(found, folder / job.name)
+    try:
+        disk.rename(found, folder / job.name)
+    except FileNotFoundError:
+        disk.remove_tree(home.job(job.number), home.staging)
+        return False
+    return True
 
 
 def put(home: Home, source: Path) -> Path:
@@ -151,5 +177,6 @@ def expired(home: Home, keep_days: float) -> Iterator[Path]:
     if keep_days:
         for folder in (home.trained, home.rejected):
             for path in folder.glob("*"):
-                if path.is_file() and time.time() - path.stat().st_ctime > keep_days * SECONDS_A_DAY:
-                    yield path
+                with contextlib.suppress(FileNotFoundError):  # a person was quicker
+                    if path.is_file() and time.time() - path.stat().st_ctime > keep_days * SECONDS_A_DAY:
+                        yield path

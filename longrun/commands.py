@@ -143,6 +143,7 @@ def _why_lost(home: Home, lost: Missing) -> str:
 
 
 def pause(home: Home) -> int:
+    home.check()
     home.make()
     requests.make(home, requests.PAUSE)
     running = disk.holder(home.daemon_lock) is not None
@@ -280,9 +281,12 @@ def put(home: Home, files: list[Path]) -> int:
         if archive.TEMPORARY.search(file.name):
             why = "the inbox ignores names like this, as of files that are still being written"
             raise LongrunError(f"cannot put {file}: {why}", hint="copy it to another name first")
+    home.check()
     disk.make_folder(home.inbox)
     for file in files:
-        say(f"inbox/{printable(archive.put(home, file).name)}")
+        say(printable(str(archive.put(home, file))))
+    if disk.holder(home.daemon_lock) is None:
+        say(f"no daemon is running in {home.root}: `daemon.py run` there trains what is in its inbox")
     return ExitCode.OK
 
 

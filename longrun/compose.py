@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, config, disk, process, requests
+from longrun import archive, checkpoint, config, disk, process, requests
 from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError, ModelRemoved
 from longrun.journal import Journal
@@ -37,7 +37,7 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     home.make()
     for folder in (home.state, home.root):  # also what a start before this one made
         disk.sync_folder(folder)
-    with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon"):
+    with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon") as lock:
         if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
             raise LongrunError(
                 f"training is paused in {home.root}, so this would wait for ever", hint="`daemon.py resume`"
@@ -58,6 +58,7 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
                 journal=Journal(home, settings.log),
                 verifier=checkpoint.Verifier(notifier.patience),
                 notifier=notifier,
+                lock=lock,
             )
             check_base_model(context)
             clean = Daemon(context, drain=drain or by_hand is not None, by_hand=by_hand).run()
@@ -83,6 +84,11 @@ def check_readable(file: Path) -> None:
     if not file.is_file():
         why = "it is not a file" if file.exists() else "there is no such file"
         raise LongrunError(f"cannot train {file}: {why}", hint="check the path")
+    if not archive.is_accepted(file.name):
+        raise LongrunError(
+            f"cannot train {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst, or begins with a dot",
+            hint="rename it",
+        )
 
 
 def check_one_file_system(home: Home) -> None:

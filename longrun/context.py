@@ -33,6 +33,7 @@ class Context:
     journal: Journal
     verifier: checkpoint.Verifier
     notifier: Notifier
+    lock: disk.Lock  # of the home
     problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
     rejected_now: int = 0  # since this daemon started
     ended_now: int = 0  # jobs trained or rejected since then

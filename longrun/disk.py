@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from typing import TYPE_CHECKING, Any, Self
 
@@ -500,8 +501,11 @@ class Lock:
         """
         descriptor = _open_lock(path, shared=shared)
         deadline = time.monotonic() + wait_s
-        while not _try_flock(descriptor, shared=shared):
-            if time.monotonic() >= deadline:
+        while not _try_flock(descriptor, shared=shared) or not _leads_to(path, descriptor):
+            if not _leads_to(path, descriptor):  # somebody removed it as stale: who comes now takes another
+                os.close(descriptor)
+                descriptor = _open_lock(path, shared=shared)
+            elif time.monotonic() >= deadline:
                 note = _read_note(descriptor)
                 os.close(descriptor)
                 raise Locked(
@@ -510,7 +514,8 @@ class Lock:
                     f" since {note.get('since', '?')})",
                     hint=hint,
                 )
-            time.sleep(0.02)
+            else:
+                time.sleep(0.02)
         lock = cls(path, descriptor)
         lock._write_note(what)
         return lock
@@ -520,6 +525,13 @@ class Lock:
         with contextlib.suppress(OSError):  # on a full disk the lock holds without it
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+
+    def keep(self, what: str) -> None:
+        """Have the lock also when somebody has removed its file as stale; Locked when another was quicker."""
+        if not _leads_to(self.path, self._descriptor):
+            fresh = type(self).take(self.path, what=what, wait_s=0.0)
+            os.close(self._descriptor)
+            self._descriptor = fresh._descriptor
 
     def release(self) -> None:
         os.close(self._descriptor)
@@ -532,9 +544,10 @@ class Lock:
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock at `path` right now; None when nobody does."""
+    """Who holds the lock at `path` alone right now; None when nobody does."""
     with _opened(path) as descriptor:
-        if descriptor is None or _try_flock(descriptor):
+        # Shared, so that two who look do not find each other.
+        if descriptor is None or _try_flock(descriptor, shared=True):
             return None
         return _read_note(descriptor)
 
@@ -560,6 +573,12 @@ def _open_lock(path: Path, *, shared: bool) -> int:
             raise
         # What is only read may lie where nothing can be written, or was copied there without its lock.
         return os.open(path if path.exists() else path.parent, os.O_RDONLY)
+
+
+def _leads_to(path: Path, descriptor: int) -> bool:
+    """Whether the path is that of the open file; a folder stands for a file that cannot be made."""
+    held = os.fstat(descriptor)
+    return stat.S_ISDIR(held.st_mode) or signature(path)[:1] == (held.st_ino,)
 
 
 def _open_to_try(path: Path) -> int:

@@ -59,16 +59,22 @@ def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     return f"{free / 1e9:.1f} GB are free"
 
 
-def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
+def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:
     from longrun.inbox import has_writer
+
+    try:
+        inbox = config.load(home.settings, flags=flags).inbox
+    except BadConfig:  # told by itself
+        inbox = config.InboxSettings()
 
     probe = home.inbox / ".doctor.probe"
     with probe.open("wb"):
         seen = has_writer(probe)
     disk.remove_file(probe)
     if seen is None:
-        return "open writers cannot be seen on this file system: a file settles after 10 s without a change"
-    return "open writers can be seen: a file settles 1 s after its last change"
+        still_s = max(inbox.settle_s, inbox.settle_without_lease_s)
+        return f"open writers cannot be seen on this file system: a file settles after {still_s:g} s without a change"
+    return f"open writers can be seen: a file settles {inbox.settle_s:g} s after its last change"
 
 
 def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001

@@ -16,6 +16,7 @@ Every message names what was attempted, on what, why it failed; `hint` says what
 
 from __future__ import annotations
 
+import io
 import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,9 @@ class BadFile(LongrunError):
 
 def exit_code(program: str, work: Callable[[], int]) -> int:
     """Do a program's work; what a person can act on becomes one sentence on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names are told that the terminal has no letters for
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work()
     except LongrunError as error:

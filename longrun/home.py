@@ -109,6 +109,11 @@ class Home:
         """Held while the model is read or trained; and by a restore or reset, from its first byte to its last."""
         return self.state / "training.lock"
 
+    @cached_property
+    def turn_lock(self) -> Path:
+        """Held by who waits to replace the model: the next file begins after that, however many are in the queue."""
+        return self.state / "turn.lock"
+
     def job(self, number: int) -> Path:
         return self.jobs / f"{number:06d}"
 
@@ -122,6 +127,10 @@ class Home:
         """BadConfig when there is no such folder: a home is not made where a name was mistyped."""
         if not self.root.is_dir():
             raise BadConfig(f"cannot use {self.root} as home: there is no such folder", hint=f"mkdir -p {self.root}")
+        try:
+            str(self.root).encode()
+        except UnicodeEncodeError:
+            raise BadConfig(f"cannot use {self.root} as home: its path is not UTF-8", hint="choose another") from None
 
     def make(self) -> None:
         """Create the folders that are missing; state/ is for the owner only. current_model/ is not made here:

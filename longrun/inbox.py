@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
 COPY_S = 0.25  # of a tick: so long everything else waits
+TRY_AGAIN_S = 60.0  # what was refused once, while nothing about it changes
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
+
+VANISHED = (errno.ENOENT, errno.ELOOP)  # how a file looks that is gone, or that a symbolic link took the place of
 
 Signature = tuple[int, int, int, int, int]
 
@@ -61,6 +64,8 @@ class Inbox:
         self._written: set[str] = set()
         self._told: set[str] = set()
         self._taking: _Taking | None = None  # over more rounds than one
+        self._scanned_at = 0.0  # monotonic seconds, as those below
+        self._not_before: dict[str, float] = {}  # files that were refused
 
     @property
     def left_alone(self) -> list[str]:
@@ -78,19 +83,26 @@ class Inbox:
         return sorted(self._written)
 
     def scan(self, now: float) -> list[str]:
-        """Look at every entry; the names that have settled, oldest first."""
+        """Look at every entry; the names that have settled, oldest first.
+
+        OSError that names the inbox when there are some, and it does not let go of them.
+        """
         self._home.inbox.mkdir(exist_ok=True)
+        self._scanned_at = now
         present: dict[str, Signature] = {}
         listed = set()
         with os.scandir(self._home.inbox) as entries:
             for entry in entries:
                 listed.add(entry.name)
                 if self._is_candidate(entry):
-                    present.update(_look(entry))
+                    present.update(self._look(entry))
         self._seen = {name: self._still(name, signature, now) for name, signature in present.items()}
         self._written &= present.keys()
         self._told &= listed
+        self._not_before = {name: when for name, when in self._not_before.items() if name in present}
         settled = [name for name in present if self._has_settled(name, now)]
+        if settled:
+            self._check_lets_go()
         return sorted(settled, key=lambda name: (present[name][3], os.fsencode(name)))
 
     def next_look(self, now: float) -> float:
@@ -111,6 +123,24 @@ class Inbox:
             return self._leave(entry.name, "it is not a regular file", "copy the content into one")
         return True
 
+    def _look(self, entry: os.DirEntry[str]) -> dict[str, Signature]:
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._leave(entry.name, f"it cannot be looked at ({error.strerror})", "look at the disk that it is on")
+            return {}
+        return {entry.name: _signature(found)} if stat.S_ISREG(found.st_mode) else {}
+
+    def _check_lets_go(self) -> None:
+        """Files cannot be moved out of a folder that may not be written: each would find that out, copied or not."""
+        inbox = self._home.inbox
+        if not os.access(inbox, os.W_OK | os.X_OK):
+            read_only = os.statvfs(inbox).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number), os.fspath(inbox))
+
     def _leave(self, name: str, why: str, fix: str) -> bool:
         if name not in self._told:
             self._told.add(name)
@@ -122,13 +152,17 @@ class Inbox:
         if before is not None and before.signature == signature:
             return before
         self._told.discard(name)  # it may have been mended
+        self._not_before.pop(name, None)
         return _Seen(signature, now)
 
     def _has_settled(self, name: str, now: float) -> bool:
         quiet_s = now - self._seen[name].since
-        if quiet_s < self.settings.settle_s:
+        if quiet_s < self.settings.settle_s or now < self._not_before.get(name, now):
             return False
-        writer = has_writer(self._home.inbox / name)
+        path = self._home.inbox / name
+        writer = has_writer(path)
+        if writer is None and not os.access(path, os.R_OK):
+            return self._leave(name, "it cannot be read", "change its owner or mode")
         if writer is None:  # leases do not work here: only time can tell
             return quiet_s >= self.settings.settle_without_lease_s
         (self._written.add if writer else self._written.discard)(name)
@@ -214,17 +248,22 @@ class Inbox:
         """
         source, target = self._home.inbox / name, self._home.claimed(number) / name
         try:
-            os.close(_open(source))  # a file that can be moved but not read would be in the way of all others then
-            if source.lstat().st_nlink > 1 or not _moved(source, target):
+            links = _links(source)  # a file that can be moved but not read would be in the way of all others then
+            if links > 1 or not _moved(source, target):
                 yield from self._copy(source, target, number)
             else:
                 yield not _given_back(self._home, target)
-        except PermissionError as error:
-            yield self._leave(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
+        except (_Unreadable, PermissionError) as error:
+            yield self._refuse(name, f"it cannot be taken ({error.strerror})", "change its owner or mode")
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ELOOP):
+            if error.errno not in VANISHED:
                 raise
-            yield False  # it vanished meanwhile, or a symbolic link took its place
+            yield False
+
+    def _refuse(self, name: str, why: str, fix: str) -> bool:
+        """Leave it alone, and for a while do not even try: others are waiting."""
+        self._not_before[name] = self._scanned_at + TRY_AGAIN_S
+        return self._leave(name, why, fix)
 
     def _copy(self, source: Path, target: Path, number: int) -> Generator[bool | None]:
         """The copy becomes ours, beside a note of what it was made from, before the original goes.
@@ -235,7 +274,7 @@ class Inbox:
         size, free = source.lstat().st_size, disk.free_bytes(target.parent)
         if size > free:
             why = f"it has to be copied and does not fit: {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
-            yield self._leave(source.name, why, "Make room: it is tried again")
+            yield self._refuse(source.name, why, "Make room: it is tried again")
             return
         taken, copied = False, 0
         try:
@@ -342,16 +381,26 @@ def has_writer(path: Path) -> bool | None:
     return False
 
 
+class _Unreadable(OSError):
+    """One file that cannot be opened or looked at, whatever the reason: it is in nobody else's way."""
+
+
+def _links(path: Path) -> int:
+    """How many names the file has; _Unreadable when it cannot be read."""
+    try:
+        descriptor = _open(path)
+    except OSError as error:
+        if error.errno in VANISHED or error.errno in disk.NO_FILES_FAULT:
+            raise
+        raise _Unreadable(error.errno, error.strerror) from error
+    try:
+        return os.fstat(descriptor).st_nlink
+    finally:
+        os.close(descriptor)
+
+
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-
-
-def _look(entry: os.DirEntry[str]) -> dict[str, Signature]:
-    try:
-        found = entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return {}
-    return {entry.name: _signature(found)} if stat.S_ISREG(found.st_mode) else {}
 
 
 def _signature(found: os.stat_result) -> Signature:
@@ -408,7 +457,7 @@ class Bell:
         ]
         observer = Observer()
         try:
-            observer.schedule(Ring(), str(self._home.inbox), recursive=False, event_filter=changes)
+            observer.schedule(Ring(), str(self._home.inbox), event_filter=changes, follow_symlink=True)
             observer.start()
         except FileNotFoundError:
             return  # removed just now

@@ -6,12 +6,15 @@ anybody may have dropped, so control characters never reach a terminal or fake a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk
@@ -79,15 +82,28 @@ class _Rotated(logging.handlers.RotatingFileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._failed = False
+        try:
+            self._come_back()
+        except OSError:
+            self.handleError(record)
         super().emit(record)
         self._fails = self._failed
+
+    def _come_back(self) -> None:
+        """Begin a new log where the one that is written to has been moved or removed."""
+        path = Path(self.baseFilename)
+        if self.stream is not None and disk.signature(path)[:1] != (os.fstat(self.stream.fileno()).st_ino,):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.stream.close()
+            self.stream = self._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
         elif not self._fails:
-            sys.stderr.write(f"{self.baseFilename} cannot be written: {error}\n")
+            with contextlib.suppress(OSError, ValueError):  # stderr may lie on the same full disk, or be closed
+                sys.stderr.write(f"{self.baseFilename} cannot be written: {error}\n")
         self._failed = True
 
 

@@ -15,8 +15,8 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, disk, inbox, missing, process, requests, status
-from longrun.errors import BadModel, CannotTrain, Locked, ModelRemoved
+from longrun import archive, checkpoint, disk, inbox, missing, process, replacing, requests, status
+from longrun.errors import BadModel, CannotTrain, Locked, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
 from longrun.recovery import Recovery
@@ -54,13 +54,15 @@ class Daemon:
         self._asked: dict[str, dict[str, Any]] = {}  # requests, as they were when the round began
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._scanned = False
+        self._scanned_at = 0.0  # monotonic, as the next two
+        self._idle_since: float | None = None
         self._taking_back = False  # what `retry --missing` asked for is not all in the queue yet
         self._next_scan = 0.0
         self._paused = False  # by the operator
         self._trouble = ""  # "disk", "model" or "worker": training stands still and tries again by itself
         self._troubles = (0, 0)  # how many jobs had ended, and how often trouble came since
         self._untidy = False
+        self._alone_until = 0.0  # monotonic: when to look again
         self._trouble_over = 0.0  # monotonic: when to look again
         self._bad_model_since: float | None = None
         self._told: dict[str, Any] = {}
@@ -77,7 +79,7 @@ class Daemon:
                 while not self.tick(time.monotonic()):
                     self._wait()
             except Exception as error:
-                why = str(error) if isinstance(error, OSError) else repr(error)
+                why = str(error) if isinstance(error, OSError | LongrunError) else repr(error)
                 self._context.say(
                     "failed", f"cannot go on: {why}. The next start finds everything as it is", level="error"
                 )
@@ -85,7 +87,8 @@ class Daemon:
             finally:
                 self._leave()
         unfinished = self._by_hand is not None and (bool(self._context.waiting(limit=1)) or self._has_orphans)
-        return self._context.rejected_now == 0 and not self._hopeless and not unfinished
+        good = self._context.rejected_now == 0 and not self._hopeless and not self._inbox_is_shut
+        return good and not unfinished
 
     # -- start and end
 
@@ -191,14 +194,26 @@ class Daemon:
         self._tell_status(now)
         if self._context.ended_now > ended:  # a file is the largest thing that comes and goes
             process.return_free_memory()  # not before the next one trains: it takes milliseconds
-        return self._finished()
+        return self._finished(now)
 
     def _round(self, now: float) -> None:
         """A run that ends is settled, and its backup begun, before a restore may have the model."""
         with self._context.model_held() if self._runs.current else contextlib.nullcontext():
             self._do_round(now)
 
+    def _stay_alone(self, now: float) -> None:
+        """Somebody may have removed the lock as stale; LongrunError when another daemon has started since."""
+        if now < self._alone_until:
+            return
+        self._alone_until = now + status.RENEW_S
+        try:
+            self._context.lock.keep("the Longrun daemon")
+        except Locked as other:
+            why = f"{self._context.home.daemon_lock} was removed, and another daemon has started: {other.message}"
+            raise LongrunError(why) from None
+
     def _do_round(self, now: float) -> None:
+        self._stay_alone(now)
         self._runs.hear(now)
         self._preparation.hear(now)
         self._obey(now)
@@ -289,7 +304,7 @@ class Daemon:
         settled = self._inbox.scan(now)
         if settled:
             self._context.ledger.claim(self._inbox.claim(settled, self._next_number()))
-        self._scanned = True
+        self._scanned_at = now
         more = len(settled) > inbox.CLAIM_AT_ONCE or self._inbox.copying is not None
         self._next_scan = now if more else now + self._inbox.next_look(now)
 
@@ -342,6 +357,7 @@ class Daemon:
         if self._runs.current is not None or self._paused or self._leaving or self._taking_back:
             return
         if self._context.waiting(limit=1):
+            replacing.check_turn(self._context.home)
             with self._context.model_held():  # what is looked at is what will be trained
                 self._train_first(now)
 
@@ -436,12 +452,12 @@ class Daemon:
 
     # -- waiting and leaving
 
-    def _finished(self) -> bool:
+    def _finished(self, now: float) -> bool:
         if self._leaving_now:
             return True
         if self._leaving:
             return self._runs.current is None
-        return self._drain and (self._nothing_left() or self._hopeless)
+        return self._drain and (self._nothing_left(now) or self._hopeless)
 
     @property
     def _hopeless(self) -> bool:
@@ -449,8 +465,22 @@ class Daemon:
         since_ended, looks = self._troubles
         return since_ended == self._context.ended_now and looks >= LOOKS_WHEN_DRAINING
 
-    def _nothing_left(self) -> bool:
-        arrived = self._by_hand is not None or (self._scanned and not self._inbox.settling)
+    def _nothing_left(self, now: float) -> bool:
+        """Of the inbox that is true only after a look at it: not everywhere does it ring when a file comes."""
+        if not self._idle:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since, self._next_scan = now, now
+        looked = self._by_hand is not None or self._inbox_is_shut or self._scanned_at > (self._idle_since or now)
+        return self._idle and looked
+
+    @property
+    def _inbox_is_shut(self) -> bool:
+        return "inbox" in self._context.problems
+
+    @property
+    def _idle(self) -> bool:
+        arrived = self._by_hand is not None or self._inbox_is_shut or not self._inbox.settling
         busy = self._runs.current is not None or self._has_orphans or self._taking_back or self._scheduled.busy
         return arrived and not busy and not self._untidy and not self._context.waiting(limit=1)
 

@@ -96,9 +96,10 @@ def look(home: Home) -> list[Missing]:
     lineage = published_lineage(home)
     found: list[Missing] = []
     taken: set[Path] = set()
+    trained = archive.Trained(home)
     for job in jobs(home):
         here = lineage.plan_in_progress(home.id, job.number, job.sha256) if lineage else None
-        file = archive.find_trained(home, job, taken)
+        file = trained.find(job, taken)
         taken |= {file} if file else set()
         record = FileRecord.from_json(job.record) if job.record else None
         found.append(Missing(job=job, record=record, file=file, done_steps=here.done_steps if here else 0))

@@ -66,10 +66,12 @@ class Preparation:
                 self._died(f"no progress for {limit_s:g} s")
 
     def next(self, now: float, newest: Checkpoint | None) -> None:
-        """Give the preparer the next thing to do: examining first, then tokens for the jobs whose turn is near."""
+        """Give the preparer the next thing to do: tokens for the job whose turn is next, lest training waits for them;
+        then examining, then tokens for the jobs after that.
+        """
         if self._busy_with is not None:
             return
-        message = self._next_examine() or self._next_prepare(newest)
+        message = self._next_prepare(newest, limit=1) or self._next_examine() or self._next_prepare(newest)
         if message is None:
             self._release_when_idle(now)
         elif not self.preparer.running:
@@ -112,9 +114,9 @@ class Preparation:
             )
         return None
 
-    def _next_prepare(self, newest: Checkpoint | None) -> wire.Prepare | None:
+    def _next_prepare(self, newest: Checkpoint | None, limit: int = 0) -> wire.Prepare | None:
         settings = self._context.settings
-        for job, path in self._with_file(JobState.QUEUED, limit=settings.worker.prepare_ahead):
+        for job, path in self._with_file(JobState.QUEUED, limit=limit or settings.worker.prepare_ahead):
             if self.is_prepared(job, newest) is None:
                 need = self.need(job, newest)
                 return wire.Prepare(

@@ -30,7 +30,9 @@ class Recovery:
         self._context = context
         self._signature: tuple[int, ...] = ()
         self._changed_at: float | None = None
-        self._gone: set[int] = set()  # jobs of the request under way whose bytes were looked for in vain
+        # Of the request under way: the files that may be taken back, and the jobs whose bytes were looked for in vain.
+        self._trained: archive.Trained | None = None
+        self._gone: set[int] = set()
 
     def look(self, now: float, *, idle: bool) -> None:
         """Keep the missing files true, and tell which have become missing."""
@@ -110,20 +112,22 @@ class Recovery:
         except BadModel:
             return False  # it must be clear what is missing
         end = time.monotonic() + TAKE_BACK_S
+        self._trained = self._trained or archive.Trained(self._context.home, self._context.notifier.patience)
         for job in missing:
             if job.number not in self._gone and job.number in asked.get("jobs", [job.number]):
                 if time.monotonic() > end:
                     return True
-                self._take_back(job)
+                self._take_back(job, self._trained)
+        self._trained = None
         self._gone.clear()
         if requests.pending(self._context.home, requests.RETRY) == asked:  # else somebody has asked again meanwhile
             requests.clear(self._context.home, requests.RETRY)
         return False
 
-    def _take_back(self, job: Job) -> None:
+    def _take_back(self, job: Job, trained: archive.Trained) -> None:
         context = self._context
-        found = archive.find_trained(context.home, job, on_bytes=context.notifier.patience)
-        if found is None:
+        found = trained.find(job)
+        if found is None or not archive.claim_again(context.home, job, found):
             self._gone.add(job.number)
             context.say(
                 "not taken back",
@@ -133,7 +137,6 @@ class Recovery:
                 file=job.name,
             )
             return
-        archive.claim_again(context.home, job, found)
         context.ledger.move(job, JobState.CLAIMED)
         context.missing_unsure = True
         context.say("taken back", f"{job.name} will train again, in its old place", job=job.number, file=job.name)

@@ -31,6 +31,8 @@ def pending(home: Home, name: str) -> dict[str, Any] | None:
         content = (home.requests / name).read_bytes()
     except FileNotFoundError:
         return None
+    except PermissionError:  # another user has made it
+        return {}
     try:
         facts = json.loads(content)
     except ValueError:

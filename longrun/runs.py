@@ -561,7 +561,8 @@ class Runs:
 
     def _release_when_idle(self, now: float) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes
-        if self.worker.ready and now - max(self._idle_since, self.worker.heard_at) > limit_s:
+        idle = self.worker.ready and not self._context.waiting(limit=1)
+        if idle and now - max(self._idle_since, self.worker.heard_at) > limit_s:
             self.worker.kill()
             self._context.say("released", "the worker was idle; its memory is released")
 

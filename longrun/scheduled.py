@@ -6,6 +6,7 @@ while it copies. Whatever goes wrong there is told in log and status, and tried 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrun.config import NO_TARGET
+from longrun.errors import Locked
 
 if TYPE_CHECKING:
     from longrun.checkpoint import Checkpoint
@@ -91,9 +93,12 @@ class Scheduled:
         }[command]
         whole = [*NICE, sys.executable, str(PROGRAM), command, *words, "--home", str(home.root), "--json"]
         try:
+            with contextlib.suppress(Locked):
+                self._hold_model(command == "backup")
+            if command == "backup" and not self._holds:
+                return  # the model is being restored, or reset: when that is done
             # Files, not pipes: a full one would hold up the child. A session of its own: Ctrl-C is for the daemon.
             with self._said.open("wb") as said, self._complained.open("wb") as complained:
-                self._hold_model(command == "backup")
                 self._process = subprocess.Popen(
                     whole, stdin=subprocess.DEVNULL, stdout=said, stderr=complained, start_new_session=True
                 )

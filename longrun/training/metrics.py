@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from longrun import disk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from longrun.home import Home
@@ -107,18 +110,32 @@ class Metrics:
     def write(self, global_step: int, **values: float) -> None:
         if not self._writes:
             return
-        disk.append_line(self._home.logs / "metrics.jsonl", json.dumps({"global_step": global_step, **values}))
-        if self._writer is not None:
-            for name, value in values.items():
+        self._append("metrics.jsonl", {"global_step": global_step, **values})
+        with self._curves_that_may_go():
+            for name, value in values.items() if self._writer is not None else ():
                 self._writer.add_scalar(f"{'eval' if name == 'eval_loss' else 'train'}/{name}", value, global_step)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self._home.logs.mkdir(exist_ok=True)  # a person may have removed it to make room
+        disk.append_line(self._home.logs / name, json.dumps(line))
+
+    @contextlib.contextmanager
+    def _curves_that_may_go(self) -> Iterator[None]:
+        """Curves are no reason to end a run: of those that somebody removed, the next file draws new ones."""
+        try:
+            yield
+        except OSError:
+            traceback.print_exc()
+            self._writer, self._lineage = None, ""
 
     def write_rows(self, global_step: int, *, lineage: str, job: int, rows: list[int]) -> None:
         """The rows of a step, numbered from 1, as they reached the model."""
         if not self._writes:
             return
         line = {"lineage": lineage, "global_step": global_step, "job": job, "rows": [row + 1 for row in rows]}
-        disk.append_line(self._home.logs / "rows.jsonl", json.dumps(line))
+        self._append("rows.jsonl", line)
 
     def flush(self) -> None:
-        if self._writer is not None:
-            self._writer.flush()
+        with self._curves_that_may_go():
+            if self._writer is not None:
+                self._writer.flush()

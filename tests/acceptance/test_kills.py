@@ -14,7 +14,7 @@ STEP = "transformers.trainer:Trainer.training_step"
 
 # Where each file's run is hit, in about the order of its life. "kill both" takes the worker and its daemon.
 KILLS = {
-    "between two claims": {"at": "longrun.inbox:Inbox._claim_one", "role": "daemon", "nth": 2},
+    "between two claims": {"at": "longrun.inbox:Inbox._take", "role": "daemon", "nth": 2},
     "claimed, not synced": {"at": "longrun.disk:sync_tree", "role": "daemon", "about": "state/jobs"},
     "claimed, not recorded": {"at": "longrun.ledger:Ledger.claim", "role": "daemon", "about": "claimed"},
     "examined": {"at": "longrun.examine:examine", "role": "preparer", "when": "after"},

@@ -242,9 +242,32 @@ FAULTS = (
     Fault(
         "missing files dropped again as new ones",
         "longrun/recovery.py",
-        "        archive.claim_again(context.home, job, found)\n        context.ledger.move(job, JobState.CLAIMED)\n",
-        "        archive.put(context.home, found)\n",
+        "if found is None or not archive.claim_again(context.home, job, found):",
+        "if found is None or not archive.put(context.home, found):",
         "unit/test_recovery.py",
+    ),
+    Fault(
+        "a queue emptied into rejected by what all its files would fail with",
+        "longrun/blame.py",
+        "return None if other in (TRAINED, name) else other",
+        "return None",
+        "unit/test_blame.py",
+    ),
+    Fault(
+        "a drain that leaves a job whose end is not clear",
+        "longrun/loop.py",
+        "return self._runs.current is None and self._context.ledger.count(JobState.RUNNING) > 0",
+        "return False",
+        "acceptance/test_failures.py::"
+        "test_who_waits_for_the_end_hears_of_a_model_that_was_damaged_after_its_last_commit",
+    ),
+    Fault(
+        "the next file begun while somebody waits to replace the model",
+        "longrun/loop.py",
+        "            replacing.check_turn(self._context.home)\n",
+        "",
+        "acceptance/test_surroundings.py::"
+        "test_who_waits_to_replace_the_model_has_it_when_a_file_ends_however_many_wait",
     ),
     Fault(
         "the job of another home taken for ours",
@@ -277,7 +300,8 @@ FAULTS = (
     Fault(
         "a backup listed before its contents are durable",
         "longrun/store.py",
-        "        self._sync()\n        papers = self.folder / manifest.id\n        papers.mkdir()\n"
+        "        self._sync()\n        self._mend_sums()\n"
+        "        papers = self.folder / manifest.id\n        papers.mkdir()\n"
         "        for name, content in ((SUMS, manifest.to_sums()), (MANIFEST, manifest.to_json().encode())):\n"
         "            disk.write_file(papers / name, content)\n"
         "        disk.rename(papers, self.store.folder(manifest.id))\n",

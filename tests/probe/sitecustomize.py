@@ -24,6 +24,7 @@ its nth call, or every time with "nth": 0; with "once" it strikes once in all, u
     eat          all memory that the system gives       segfault
     remove model `rm -rf current_model/`
     damage       a byte more in a file of each checkpoint
+    take away    the file that LONGRUN_TAKE_AWAY names
     write slowly 10 MB a second into the staging folder, for three seconds
 """
 
@@ -183,6 +184,7 @@ STRIKES = {
     "remove model": remove_model,
     "damage": damage_checkpoints,
     "write slowly": write_slowly,
+    "take away": lambda: Path(os.environ["LONGRUN_TAKE_AWAY"]).unlink(),
     "oom": say_no_memory,
     "device full": fill_device,
     "eat": eat_memory,

@@ -74,7 +74,9 @@ def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop
 
 def test_in_bf16_too_every_row_is_trained_and_cuts_change_no_bit(make_workshop, monkeypatch):
     full = train_all(make_workshop("full"))
-    monkeypatch.setattr(base_model, "find_device", lambda _: base_model.Device("cpu", bf16=True, why="as on a GPU"))
+    monkeypatch.setattr(
+        base_model, "find_device", lambda *_, **__: base_model.Device("cpu", bf16=True, why="as on a GPU")
+    )
     unbroken = train_all(make_workshop("unbroken"))
     broken = train_all(make_workshop("broken"), cuts=[1, 6, 9, 13, 15, 20])
     for workshop in (unbroken, broken):
@@ -303,6 +305,29 @@ def test_the_curves_of_all_files_are_one_tensorboard_run(make_workshop):
     assert steps == sorted(set(steps))
     assert (steps[0], steps[-1]) == (1, 26)  # ceil(100/12) = 9, ceil(199/12) = 17
     assert [event.step for event in curves.Scalars("eval/eval_loss")] == [26]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.parametrize("gone", ["logs", "logs/tensorboard"])
+def test_curves_that_somebody_removes_cost_no_run_and_the_next_file_draws_new_ones(make_workshop, gone, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workshop = make_workshop(report_to=("tensorboard",))
+    workshop.train_file("a", 13)
+    write = workshop.runner.metrics.write
+
+    def removed_before(*rest, **values):
+        shutil.rmtree(workshop.root / gone, ignore_errors=True)
+        write(*rest, **values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workshop.runner.metrics, "write", removed_before)
+        workshop.train_file("b", 37)
+    assert workshop.times_trained(2, 6, 37) == {1: 37}
+    workshop.train_file("c", 13)
+    curves = EventAccumulator(str(workshop.home.logs / "tensorboard")).Reload()
+    assert curves.Scalars("train/loss")[-1].step == 8
+    assert (workshop.home.logs / "metrics.jsonl").exists()
 
 
 def test_a_stop_ends_the_run_at_a_step_boundary_in_a_checkpoint(workshop):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import archive
+from longrun import archive, disk
 from longrun.job import Job, JobState
 from tests.unit.builders import content_of, job
 
@@ -162,21 +162,43 @@ def trained(number: int, content: bytes, **facts: Any) -> Job:
 def test_a_trained_file_is_found_by_its_bytes_under_any_name_it_was_given(home: Home) -> None:
     for number in range(1, 4):
         archive.put_away(home, claimed(home, trained(number, b"%d" % number), b"%d" % number))
-    found = [archive.find_trained(home, trained(number, b"%d" % number)) for number in range(1, 5)]
+    trained_files = archive.Trained(home)
+    found = [trained_files.find(trained(number, b"%d" % number)) for number in range(1, 5)]
     assert found == [home.trained / name for name in ("x.jsonl", "x.2.jsonl", "x.3.jsonl")] + [None]
     (home.trained / "x.jsonl").unlink()
-    assert archive.find_trained(home, trained(3, b"3")) == home.trained / "x.3.jsonl"
-    assert archive.find_trained(home, trained(2, b"2", name="y.jsonl")) is None
+    assert archive.Trained(home).find(trained(3, b"3")) == home.trained / "x.3.jsonl"
+    assert archive.Trained(home).find(trained(2, b"2", name="y.jsonl")) is None
+
+
+def test_many_files_of_one_name_are_read_once_each_and_again_when_they_change(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 9):
+        archive.put_away(home, claimed(home, trained(number, b"%d" % number), b"%d" % number))
+    read: list[Path] = []
+    real = disk.hash_file
+    monkeypatch.setattr(disk, "hash_file", lambda path, *rest: read.append(path) or real(path, *rest))
+    trained_files = archive.Trained(home)
+    assert all(trained_files.find(trained(number, b"%d" % number)) for number in range(1, 9))
+    assert len(read) == len(set(read)) == 8
+    (home.trained / "x.jsonl").write_bytes(b"another")
+    assert trained_files.find(trained(1, b"1")) is None
+    assert trained_files.find(trained(9, b"another")) == home.trained / "x.jsonl"
+
+
+def test_a_file_that_goes_before_it_can_be_claimed_again_leaves_no_folder(home: Home) -> None:
+    assert not archive.claim_again(home, trained(3, b"rows"), home.trained / "gone.jsonl")
+    assert not home.job(3).exists()
 
 
 def test_each_of_two_files_with_the_same_bytes_is_found_once(home: Home) -> None:
     for number in (1, 2):
         archive.put_away(home, claimed(home, trained(number, b"rows")))
-    first = archive.find_trained(home, trained(1, b"rows"))
+    first = archive.Trained(home).find(trained(1, b"rows"))
     assert first is not None
-    second = archive.find_trained(home, trained(2, b"rows"), {first})
+    second = archive.Trained(home).find(trained(2, b"rows"), {first})
     assert second == home.trained / "x.2.jsonl"
-    assert archive.find_trained(home, trained(3, b"rows"), {first, second}) is None
+    assert archive.Trained(home).find(trained(3, b"rows"), {first, second}) is None
 
 
 @pytest.mark.parametrize("stem", ["x" * 249, "\N{EURO SIGN}" * 83, "\udcff" * 249])
@@ -185,7 +207,7 @@ def test_the_longest_names_are_found_too(home: Home, stem: str) -> None:
     for content in (b"1", b"2"):
         archive.put_away(home, claimed(home, trained(1, content, name=name), content))
     for content in (b"1", b"2"):
-        found = archive.find_trained(home, trained(1, content, name=name))
+        found = archive.Trained(home).find(trained(1, content, name=name))
         assert found is not None
         assert found.read_bytes() == content
 
@@ -194,9 +216,9 @@ def test_only_a_regular_file_that_can_be_read_is_found(home: Home, tmp_path: Pat
     (tmp_path / "rows").write_bytes(b"rows")
     (home.trained / "x.jsonl").symlink_to(tmp_path / "rows")
     (home.trained / "x.2.jsonl").mkdir()
-    assert archive.find_trained(home, trained(1, b"rows")) is None
+    assert archive.Trained(home).find(trained(1, b"rows")) is None
     home.trained.rename(home.root / "moved away")
-    assert archive.find_trained(home, trained(1, b"rows")) is None
+    assert archive.Trained(home).find(trained(1, b"rows")) is None
 
 
 def test_a_file_is_claimed_again_into_a_folder_that_is_durable_before(home: Home, disk_log: list[str]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from longrun import commands, disk, requests, status
-from longrun.errors import LongrunError, NotRunning
+from longrun.errors import BadConfig, LongrunError, NotRunning
+from longrun.home import Home
 from longrun.job import JobState
 from longrun.ledger import Ledger
 from longrun.lineage import InProgress
@@ -19,7 +20,6 @@ from tests.unit.builders import job, lineage_at, plan_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from longrun.home import Home
 
 GOOD = b'{"text": "a"}\n' * 16
 CURRENT = {
@@ -282,8 +282,19 @@ def test_put_copies_all_files_or_none(home: Home, tmp_path: Path, capsys: pytest
         commands.put(home, [tmp_path / "x.jsonl", tmp_path / "absent.jsonl"])
     assert not home.inbox.exists()
     assert commands.put(home, [tmp_path / "x.jsonl"]) == 0
-    assert capsys.readouterr().out == "inbox/x.jsonl\n"
+    place, hint = capsys.readouterr().out.splitlines()
+    assert place == str(home.inbox / "x.jsonl"), "whole, because it may be another folder than was meant"
+    assert hint == f"no daemon is running in {home.root}: `daemon.py run` there trains what is in its inbox"
     assert (home.inbox / "x.jsonl").read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("command", ["put", "pause"])
+def test_a_home_that_was_mistyped_is_not_made(tmp_path: Path, command: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    mistyped = Home(tmp_path / "mistyped")
+    with pytest.raises(BadConfig, match="there is no such folder; mkdir -p"):
+        commands.put(mistyped, [tmp_path / "x.jsonl"]) if command == "put" else commands.pause(mistyped)
+    assert not mistyped.root.exists()
 
 
 def test_check_tells_the_plan_without_training(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

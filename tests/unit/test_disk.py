@@ -510,6 +510,45 @@ def test_asking_for_the_holder_disturbs_nobody(tmp_path: Path) -> None:
     disk.Lock.take(tmp_path / "lock", what="x", wait_s=0).release()
 
 
+def test_two_who_ask_at_once_do_not_find_each_other(tmp_path: Path) -> None:
+    disk.Lock.take(tmp_path / "lock", what="x").release()
+    asking = os.open(tmp_path / "lock", os.O_RDWR)
+    disk.fcntl.flock(asking, disk.fcntl.LOCK_SH)  # as the other does, for a moment
+    assert disk.holder(tmp_path / "lock") is None
+    os.close(asking)
+
+
+def test_a_lock_whose_file_was_removed_as_stale_is_taken_again_unless_another_was_quicker(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with disk.Lock.take(path, what="first") as first:
+        first.keep("first")
+        path.unlink()
+        first.keep("first")
+        assert (disk.holder(path) or {})["what"] == "first"
+        path.unlink()
+        with disk.Lock.take(path, what="second", wait_s=0), pytest.raises(Locked, match="held by second"):
+            first.keep("first")
+
+
+def test_a_lock_that_was_waited_for_under_a_name_that_is_another_by_now_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    former = disk.Lock.take(path, what="former")
+    others: list[disk.Lock] = []
+
+    def replaced(_: float) -> None:
+        path.unlink()
+        former.release()
+        monkeypatch.undo()
+        others.append(disk.Lock.take(path, what="other", wait_s=0))
+
+    monkeypatch.setattr(disk.time, "sleep", replaced)
+    with pytest.raises(Locked, match="held by other"):
+        disk.Lock.take(path, what="late", wait_s=0.1)
+    others[0].release()
+
+
 def test_a_short_wait_outlasts_one_who_only_asks(tmp_path: Path) -> None:
     asking = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     disk.fcntl.flock(asking, disk.fcntl.LOCK_EX)
@@ -562,7 +601,7 @@ def test_a_shared_lock_keeps_out_only_who_wants_it_alone(tmp_path: Path) -> None
     with disk.Lock.take(path, what="one", shared=True), disk.Lock.take(path, what="two", shared=True, wait_s=0):
         with pytest.raises(Locked, match=r"cannot start x: the store is held by two .*; wait"):
             disk.Lock.take(path, what="x", wait_s=0, held=Path("the store"), hint="wait")
-        assert disk.holder(path) is not None
+        assert disk.holder(path) is None, "nobody has it alone"
     with disk.Lock.take(path, what="alone", wait_s=0), pytest.raises(Locked, match="held by alone"):
         disk.Lock.take(path, what="x", shared=True, wait_s=0)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from longrun.errors import (
@@ -44,6 +47,18 @@ def test_a_reason_holds_only_what_is_known() -> None:
         "byte": 0,
         "fix": "fix",
     }
+
+
+def test_a_name_is_told_on_a_terminal_that_has_no_letters_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    def work() -> int:
+        sys.stdout.write("na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve.jsonl\n")
+        return 0
+
+    assert exit_code("daemon.py", work) == 0
+    assert terminal.buffer.getvalue() == b"na\\xefve.jsonl\n"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

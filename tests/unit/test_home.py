@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,13 @@ def test_a_file_is_no_home(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("hello")
     with pytest.raises(BadConfig, match="it is not a folder"):
         find_home(str(tmp_path / "README.md"))
+
+
+def test_a_path_that_is_no_text_is_no_home(tmp_path: Path) -> None:
+    home = Home(tmp_path / os.fsdecode(b"\xff"))
+    home.root.mkdir()
+    with pytest.raises(BadConfig, match="its path is not UTF-8; choose another"):
+        home.check()
 
 
 def test_a_home_has_no_id_before_it_was_given_one(home: Home) -> None:

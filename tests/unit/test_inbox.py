@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -184,7 +186,7 @@ def test_a_file_that_vanishes_during_a_look_is_no_fault(home: Home, box: Inbox) 
     with os.scandir(drop(home, "x.jsonl").parent) as entries:
         entry = next(entries)
     (home.inbox / "x.jsonl").unlink()
-    assert inbox._look(entry) == {}
+    assert box._look(entry) == {}
 
 
 def test_files_are_taken_oldest_first_and_then_by_name(home: Home, box: Inbox) -> None:
@@ -418,7 +420,8 @@ def test_a_file_that_must_be_copied_and_does_not_fit_stops_no_other(
         assert [job.name for job in box.claim(settled(box), 1)] == ["small.jsonl"]
     (text,) = (text for _, text in told)
     assert "it has to be copied and does not fit: 3 MB, and 1 MB are free. Make room: it is tried again" in text
-    assert [job.name for job in box.claim(settled(box), 2)] == ["large.jsonl"]
+    assert box.scan(1000.0 + inbox.TRY_AGAIN_S - 1) == []
+    assert [job.name for job in box.claim(box.scan(1000.0 + inbox.TRY_AGAIN_S), 2)] == ["large.jsonl"]
 
 
 # -- copies that take many rounds
@@ -594,6 +597,71 @@ def test_a_file_that_may_not_be_taken_stops_no_other(
 
 def refuse(number: int = errno.EACCES) -> None:
     raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("fails_at", ["stat", "open"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_file_that_the_disk_cannot_read_is_left_alone_and_the_others_are_taken(
+    home: Home, box: Inbox, told: Told, monkeypatch: pytest.MonkeyPatch, fails_at: str, number: int
+) -> None:
+    drop(home, "a.jsonl")
+    drop(home, "b.jsonl")
+    real_open = inbox._open
+
+    class Entry:
+        """What os.scandir gives, of a.jsonl without its facts."""
+
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry, self.name = entry, entry.name
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._entry, name)
+
+        def stat(self, **options: Any) -> os.stat_result:
+            return refuse(number) if self.name == "a.jsonl" else self._entry.stat(**options)
+
+    if fails_at == "stat":
+        real_scan = os.scandir
+        monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext([*map(Entry, real_scan(path))]))
+    else:
+        monkeypatch.setattr(inbox, "_open", lambda path: refuse(number) if path.name == "a.jsonl" else real_open(path))
+        monkeypatch.setattr(inbox, "has_writer", lambda _: False)
+    assert [job.name for job in box.claim(settled(box), 1)] == ["b.jsonl"]
+    (text,) = (text for _, text in told)
+    assert os.strerror(number) in text
+    assert (home.inbox / "a.jsonl").exists()
+
+
+def test_files_that_may_not_be_read_keep_no_other_waiting(
+    home: Home, box: Inbox, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many they are, and without making folders for them."""
+    monkeypatch.setattr(inbox, "CLAIM_AT_ONCE", 3)
+    for number in range(5):
+        drop(home, f"{number}.jsonl", changed_at=number)
+    drop(home, "good.jsonl", changed_at=9)
+    refused = lambda path: path.name != "good.jsonl"  # noqa: E731
+    monkeypatch.setattr(inbox, "has_writer", lambda path: None if refused(path) else False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK or not refused(Path(path)))
+    names = settled(box)
+    assert names == ["good.jsonl"]
+    assert len(told) == 5
+    assert box.scan(1001.0) == ["good.jsonl"]
+    assert len(told) == 5, "each is told once"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_an_inbox_that_lets_go_of_nothing_is_told_before_anything_is_copied(
+    home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    drop(home, "x.jsonl")
+    flags = os.ST_RDONLY if number == errno.EROFS else 0
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    box.scan(0.0)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        box.scan(1000.0)
+    assert caught.value.filename == str(home.inbox)
 
 
 def test_a_full_disk_is_told_and_takes_nothing(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,17 @@ def test_an_event_is_one_line_for_people_and_one_for_machines(
     assert (event["event"], event["level"], event["file"], event["job"]) == ("rejected", "warning", EVIL, 7)
 
 
+def rotated_logs() -> list[Any]:
+    return [handler for handler in logging.getLogger("longrun").handlers if hasattr(handler, "baseFilename")]
+
+
+def make_room(home: Home) -> None:
+    """What was written to /dev/full can be written now: to home/room."""
+    with (home.root / "room").open("wb") as room:
+        for rotated in rotated_logs():
+            os.dup2(room.fileno(), rotated.stream.fileno())
+
+
 def test_a_log_that_cannot_be_written_is_told_once_and_misses_nothing(
     home: Home, open_journal: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,11 +80,40 @@ def test_a_log_that_cannot_be_written_is_told_once_and_misses_nothing(
     told = capsys.readouterr().err
     assert told.count("\n") == 3
     assert re.search(r" first\n.*daemon.log cannot be written: .*No space left on device\n.* second\n", told)
-    (rotated,) = [handler for handler in logging.getLogger("longrun").handlers if hasattr(handler, "baseFilename")]
-    with (home.root / "room").open("wb") as room:
-        os.dup2(room.fileno(), rotated.stream.fileno())
+    (rotated,) = rotated_logs()
+    rotated._come_back = lambda: None  # type: ignore[attr-defined]  # it is the same log
+    make_room(home)
     journal.say("saved", "third")
     assert [line[-5:] for line in (home.root / "room").read_text().splitlines()] == ["first", "econd", "third"]
+
+
+def test_a_disk_that_is_full_for_stderr_too_ends_nothing(
+    home: Home, open_journal: Callable[..., Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    home.log.symlink_to("/dev/full")
+    monkeypatch.setattr(sys, "stderr", Full())
+    open_journal().say("problem", "paused: disk")
+    assert events(home)[0]["message"] == "paused: disk"
+    make_room(home)
+
+
+@pytest.mark.parametrize("gone", ["the log", "its folder", "moved"])
+def test_a_log_that_somebody_removed_or_moved_is_begun_anew(
+    home: Home, open_journal: Callable[..., Journal], gone: str
+) -> None:
+    journal = open_journal()
+    journal.say("x", "first")
+    if gone == "moved":
+        home.log.rename(home.logs / "kept.log")
+    else:
+        shutil.rmtree(home.logs) if gone == "its folder" else home.log.unlink()
+    journal.say("x", "second")
+    journal.say("x", "third")
+    assert [line.split()[-1] for line in home.log.read_text().splitlines()] == ["second", "third"]
 
 
 def test_percent_signs_are_only_letters(home: Home, open_journal: Callable[..., Journal]) -> None:

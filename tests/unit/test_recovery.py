@@ -55,6 +55,7 @@ def context(home: Home) -> Iterator[Context]:
         journal=Told(),  # type: ignore[arg-type]
         verifier=checkpoint.Verifier(),
         notifier=Notifier(),
+        lock=None,  # type: ignore[arg-type]
     )
     ledger.close()
 

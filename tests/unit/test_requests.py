@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +28,18 @@ def test_a_request_carries_what_it_is_for(home: Home) -> None:
     requests.make(home, requests.STOP, now=True)
     assert (requests.pending(home, requests.SKIP) or {})["job"] == 7
     assert (requests.pending(home, requests.STOP) or {})["now"] is True
+
+
+def test_a_request_of_another_user_was_made_though_it_cannot_be_read(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests.make(home, requests.PAUSE)
+
+    def refused(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert requests.made(home) == {requests.PAUSE: {}}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"7", b"\xff"])

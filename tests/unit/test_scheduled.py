@@ -11,6 +11,7 @@ import pytest
 
 from longrun import scheduled
 from longrun.config import BackupSettings, Settings, WorkerSettings
+from longrun.errors import Locked
 from longrun.ledger import Ledger
 from longrun.scheduled import Scheduled
 from tests.unit.builders import lineage_at
@@ -130,6 +131,20 @@ def test_nothing_begins_while_a_file_is_trained(told: Told) -> None:
     backups = Scheduled(told)  # type: ignore[arg-type]
     backups.tick(time.monotonic(), newest(), between_files=False)
     assert not backups.busy
+
+
+def test_a_backup_waits_for_whoever_replaces_the_model(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    backups = Scheduled(told)  # type: ignore[arg-type]
+
+    def held() -> None:
+        raise Locked("current_model is held by restore")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(told, "hold_model", held)
+        backups.tick(time.monotonic(), newest(), between_files=True)
+        assert (backups.busy, told.problems) == (False, {})
+    assert run(told, backups, newest()) == [f"backup {told.home.model}", "export made", "prune --execute"]
+    assert told.held == 0
 
 
 def test_a_failed_backup_is_a_problem_until_one_succeeds(told: Told) -> None:

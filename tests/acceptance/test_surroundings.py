@@ -1,0 +1,156 @@
+"""What people and systems do around a daemon that runs: folders that go, locks that are removed, disks that are far.
+
+The daemon is real, its children are scripted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from longrun.home import Home
+from longrun.replacing import alone_with_model
+from tests.drills.daemons import SETTINGS, Watched
+
+STEPS = 10
+
+
+@pytest.fixture
+def lab(tmp_path):
+    with closing(Watched(tmp_path / "home")) as made:
+        yield made
+
+
+def test_who_waits_to_replace_the_model_has_it_when_a_file_ends_however_many_wait(lab):
+    for name in "abcd":
+        lab.drop_rows(name, 8 * STEPS)
+    daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    with alone_with_model(Home(lab.home), "restore", wait=True, hint=""):
+        assert lab.names("trained") == {"a.jsonl"}
+        time.sleep(1)
+        assert lab.names("trained") == {"a.jsonl"}
+        assert sum(event["event"] == "planned" for event in lab.events) == 1
+    assert daemon.wait(60) == 0
+    assert "the next file waits: restore (pid" in lab.log
+    lab.check()
+
+
+def test_a_daemon_whose_lock_was_removed_as_stale_keeps_others_out(lab):
+    daemon = lab.start()
+    lab.wait_until(lambda: lab.status["state"] == "idle")
+    (lab.home / "state" / "daemon.lock").unlink()
+    lab.wait_until(lambda: lab.status["pid"] == daemon.pid)
+    second = lab.start()
+    assert second.wait(60) == 75
+    assert lab.status["pid"] == daemon.pid
+
+
+def test_a_log_and_curves_that_are_removed_cost_nothing(lab):
+    lab.start(LONGRUN_STEP_S="0.05")
+    lab.drop_rows("a", 8 * STEPS)
+    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    shutil.rmtree((lab.home / "logs").rename(lab.home / "former-logs"))  # in one step: the daemon writes into it
+    lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
+    lab.wait_until(lambda: "a.jsonl is trained" in lab.log)
+    assert "attempt" not in lab.log
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["here", "behind a link"])
+def test_a_drain_takes_what_comes_until_it_leaves(lab, tmp_path, far):
+    """Also where nothing rings: a file that came after the last look is looked for before the daemon leaves."""
+    if far:
+        lab.inbox.rename(tmp_path / "far")
+        lab.inbox.symlink_to(tmp_path / "far")
+    lab.configure(**SETTINGS | {"inbox.scan_s": 30.0})
+    lab.drop_rows("a", 8 * STEPS)
+    daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.drop_rows("b", 8)
+    assert daemon.wait(60) == 0
+    lab.check()
+
+
+def test_a_drain_leaves_an_inbox_that_cannot_be_taken_from(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.inbox.rmdir()
+    lab.inbox.write_text("no folder")
+    assert daemon.wait(60) == 1
+    assert "cannot take files from" in lab.log
+    assert lab.names("trained") == {"a.jsonl"}
+
+
+def test_the_file_that_is_next_to_train_does_not_wait_for_others_to_be_examined(lab):
+    slow = [{"at": "longrun.examine:examine", "role": "preparer", "about": f"big{n}", "do": "slow"} for n in range(9)]
+    lab.drop_rows("a", 8)
+    for number in range(9):
+        lab.drop_rows(f"big{number}", 8)
+    assert lab.drain(faults=slow) == 0
+    told = [(event["event"], event.get("file", "")) for event in lab.events if event["event"] in ("queued", "planned")]
+    assert told.index(("planned", "a.jsonl")) < told.index(("queued", "big8.jsonl"))
+    lab.check()
+
+
+def test_a_file_that_goes_while_it_is_taken_back_ends_nothing(lab):
+    lab.drop_rows("a", 8)
+    assert lab.drain() == 0
+    shutil.rmtree(lab.model)
+    lab.command("retry", "--missing")
+    gone = lab.home / "trained" / "a.jsonl"
+    vanishing = {"at": "longrun.archive:claim_again", "role": "daemon", "do": "take away"}
+    lab.start("--drain", faults=[vanishing], LONGRUN_TAKE_AWAY=str(gone)).wait(60)
+    assert "a.jsonl cannot be trained again: trained/ does not have its bytes any more" in lab.log
+    assert "cannot go on" not in lab.log
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs another file system to copy from")
+def test_a_long_copy_from_a_far_inbox_holds_up_nothing(lab, tmp_path):
+    """With pieces that take long, as over a slow network: training goes on, and so does obeying."""
+    far = Path("/dev/shm") / f"longrun-test-{os.getpid()}"
+    far.mkdir()
+    try:
+        if far.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("it is the same file system")
+        lab.drop_rows("a", 8 * STEPS)
+        daemon = lab.start(LONGRUN_STEP_S="0.1", faults=[{"at": "os:pread", "role": "daemon", "do": "slow", "nth": 0}])
+        lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+        shutil.rmtree(lab.inbox)
+        lab.inbox.symlink_to(far)
+        (far / "big.jsonl").write_bytes(b'{"text": "x"}\n' * (1 << 20))  # 56 pieces of 256 kB
+        lab.wait_until(lambda: list(lab.home.glob("state/jobs/*/claimed/.big.jsonl.*")))
+        lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
+        assert list(lab.home.glob("state/jobs/*/claimed/.big.jsonl.*")), "it is still being copied"
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(10) == 0
+        assert (lab.names("state/jobs"), (far / "big.jsonl").exists()) == (set(), True)
+    finally:
+        shutil.rmtree(far)
+
+
+def test_a_model_that_may_not_be_written_to_keeps_files_waiting(lab):
+    """As after a restore by another user: it is nobody's failed attempt."""
+    lab.drop_rows("a", 8)
+    assert lab.drain() == 0
+    lab.drop_rows("b", 8)
+    refused = {
+        "at": "longrun.checkpoint:OpenModel.commit",
+        "role": "worker",
+        "do": errno.errorcode[errno.EACCES],
+        "nth": 0,
+    }
+    daemon = lab.start(faults=[refused])
+    lab.wait_until(lambda: lab.log.count("paused: disk") >= 1)
+    time.sleep(1)
+    assert lab.names("rejected") == set()
+    lab.kill(daemon)
+    assert lab.drain() == 0
+    lab.check()
