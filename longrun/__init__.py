@@ -2,7 +2,7 @@
 
 Floors, each importing only from those below it:
 
-    training    the trainer; alone imports torch, transformers, datasets, accelerate
+    training    the trainer; alone imports torch, transformers, datasets, accelerate, trl
     programs    what daemon.py, train.py and backup_manager.py do, command by command
     loop        the daemon's tick: the one place that knows the order of things
     pulse       inbox, worker, journal: things that watch or talk

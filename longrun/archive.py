@@ -90,7 +90,7 @@ def _reason_text(job: Job) -> str:
     return json.dumps(facts, indent=1, ensure_ascii=True) + "\n"
 
 
-def take_back(home: Home, name: str) -> Path:
+def drop_again(home: Home, name: str) -> Path:
     """Put a rejected file (or a copy of a trained one) into the inbox again; FileNotFoundError if there is none."""
     name = Path(name).name  # `retry rejected/NAME` is what a shell completes
     refused = home.rejected / name

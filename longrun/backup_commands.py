@@ -214,7 +214,7 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     lines += [f"    but it was INCOMPLETE when it was backed up: {fault}" for fault in manifest.faults]
     if former:
         lines.append(f"what was there is kept as {former}; delete it when you are sure")
-    if (home.state / "ledger.sqlite3").exists() and target.resolve() == home.model.resolve():
+    if home.ledger.exists() and target.resolve() == home.model.resolve():
         lines.append("`daemon.py missing` lists the files that this model has not seen")
     _say(args, facts, lines)
     return ExitCode.OK
@@ -281,7 +281,7 @@ def _import(args: argparse.Namespace, home: Home) -> int:
     with Bar(args.json) as bar:
         if _is_url(args.source):
             remote = transfer.Remote(args.source)
-            found = remote.find(args.id or "latest")
+            found = remote.find(args.id or LATEST)
             bar.start(sum(found.digests.values()))
             manifest = remote.pull(store, found, bar.add)
         elif args.id:

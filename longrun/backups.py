@@ -327,7 +327,7 @@ def _take_modes(staged: Path, target: Path) -> None:
 
 
 def _take_place(staged: Path, target: Path) -> Path | None:
-    """Killed before the swap, what is named "replaced" is the restored one; it is complete in either case."""
+    """After a kill before the swap, what is named "replaced" is what was to be restored; it is complete either way."""
     if not target.exists() or not any(target.iterdir()):
         disk.rename(staged, target)
         return None

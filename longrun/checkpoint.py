@@ -82,7 +82,7 @@ def folder_of(model: Path, global_step: int) -> Path:
 class Verifier:
     """Verifies checkpoints, reading each byte once: what was hashed and has not changed since is trusted.
 
-    "Not changed" is the file's size, inode and time of change, to the nanosecond; a daemon that starts knows
+    "Not changed" is the file's size, inode and time of modification, to the nanosecond; a daemon that starts knows
     nothing and reads everything.
     """
 
@@ -201,7 +201,7 @@ def newest(home: Home, verifier: Verifier, on_damaged: Callable[[str], None]) ->
             return verifier.verify(folder)
         except Damaged as damage:
             if not (home.model / LINEAGE).exists():
-                break  # not damaged but being removed: removed_or_foreign decides
+                break  # not damaged but being removed, or not ours: BadModel, and who asked decides
             with contextlib.suppress(FileNotFoundError):  # removed in this very moment
                 put = set_aside(home, folder)
                 on_damaged(f"{folder.name} is damaged ({damage}); set aside as {put}")

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import disk, requests, status
+from longrun import disk, locks, requests, status
 from longrun.errors import BadFile, ExitCode, LongrunError, NotRunning
 from longrun.wording import counted, printable
 
@@ -146,7 +146,7 @@ def pause(home: Home) -> int:
     home.check()
     home.make()
     requests.make(home, requests.PAUSE)
-    running = disk.holder(home.daemon_lock) is not None
+    running = locks.holder(home.daemon_lock) is not None
     say(
         "pausing at the next step boundary, after a checkpoint; `daemon.py resume` goes on"
         if running
@@ -162,10 +162,10 @@ def resume(home: Home) -> int:
 
 def stop(home: Home, *, now: bool) -> int:
     """Ask the daemon to leave and wait until it has."""
-    _running(home)
+    _check_running(home)
     requests.make(home, requests.STOP, now=now)
     say("stopping at once" if now else "stopping at the next step boundary, after a checkpoint ...")
-    while disk.holder(home.daemon_lock) is not None:
+    while locks.holder(home.daemon_lock) is not None:
         time.sleep(LOOK_S)
     say("stopped")
     return ExitCode.OK
@@ -173,7 +173,7 @@ def stop(home: Home, *, now: bool) -> int:
 
 def skip(home: Home) -> int:
     """End the training of the running file, and of no other."""
-    _running(home)
+    _check_running(home)
     current = status.read(home)["current"]
     if not current:
         raise LongrunError("cannot skip: no file is being trained", hint="see `daemon.py status`")
@@ -182,11 +182,9 @@ def skip(home: Home) -> int:
     return ExitCode.OK
 
 
-def _running(home: Home) -> dict[str, Any]:
-    held = disk.holder(home.daemon_lock)
-    if held is None:
+def _check_running(home: Home) -> None:
+    if locks.holder(home.daemon_lock) is None:
         raise NotRunning(f"no daemon runs on {home.root}", hint="start it with `python daemon.py run`")
-    return held
 
 
 def retry(home: Home, name: str) -> int:
@@ -194,7 +192,7 @@ def retry(home: Home, name: str) -> int:
     from longrun import archive
 
     try:
-        target = archive.take_back(home, name)
+        target = archive.drop_again(home, name)
     except FileNotFoundError:
         near = sorted(path.name for path in home.rejected.glob("*") if not path.name.endswith(archive.REASON))
         raise LongrunError(
@@ -216,7 +214,7 @@ def retry_missing(home: Home) -> int:
     there = [lost for lost in found if lost.file]
     if there:
         requests.make(home, requests.RETRY, jobs=[lost.job.number for lost in there])
-        running = disk.holder(home.daemon_lock) is not None
+        running = locks.holder(home.daemon_lock) is not None
         say(f"{len(there)} will train again, {'in' if running else 'by the next daemon, in'} this order:")
     for lost in there:
         rest = f", from step {lost.done_steps + 1} of it" if lost.done_steps else ""
@@ -285,7 +283,7 @@ def put(home: Home, files: list[Path]) -> int:
     disk.make_folder(home.inbox)
     for file in files:
         say(printable(str(archive.put(home, file))))
-    if disk.holder(home.daemon_lock) is None:
+    if locks.holder(home.daemon_lock) is None:
         say(f"no daemon is running in {home.root}: `daemon.py run` there trains what is in its inbox")
     return ExitCode.OK
 

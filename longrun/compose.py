@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config, disk, process, requests
+from longrun import archive, checkpoint, config, disk, locks, process, requests
 from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError, ModelRemoved
 from longrun.journal import Journal
@@ -37,7 +37,7 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     home.make()
     for folder in (home.state, home.root):  # also what a start before this one made
         disk.sync_folder(folder)
-    with disk.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon") as lock:
+    with locks.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon") as lock:
         if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
             raise LongrunError(
                 f"training is paused in {home.root}, so this would wait for ever", hint="`daemon.py resume`"
@@ -105,7 +105,7 @@ def check_one_file_system(home: Home) -> None:
 def wait_for_former_worker(home: Home) -> None:
     """A worker whose daemon was killed dies with it; where the kernel does not see to that, wait for it."""
     deadline = time.monotonic() + FORMER_WORKER_S
-    while (former := disk.holder(home.model_lock)) is not None:
+    while (former := locks.holder(home.model_lock)) is not None:
         if time.monotonic() > deadline:
             raise Locked(
                 f"cannot start: a former training worker (pid {former.get('pid')}) still holds {home.model}",
@@ -123,7 +123,11 @@ def check_base_model(context: Context) -> None:
     if newest is not None:
         config.check_model(context.settings, newest.lineage, context.home.root)
         return
-    source = context.settings.model.base_model
+    ask_for_base_model(context.settings.model.base_model)
+
+
+def ask_for_base_model(source: str) -> None:
+    """BadConfig when there is no such base model, or its hub does not answer."""
     command = [sys.executable, str(PROGRAM), "--check-base", source]
     if source == config.TINY:
         return

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from longrun.lineage import Lineage
 
 ENVIRONMENT = "LONGRUN_"
-NOT_SETTINGS = frozenset({"LONGRUN_HOME"})
 MEBIBYTE = 1 << 20
 NO_TARGET = "none"
 TINY = "tiny"  # the built-in base model
@@ -86,7 +85,7 @@ class WorkerSettings:
     step_timeout_s: float = _setting(600.0, least=1)  # without any progress
     max_attempts: int = _setting(3, least=1)
     prepare_ahead: int = _setting(2, least=1)  # files
-    retry_s: float = _setting(60.0, least=0.1)  # between looks at a full disk or a missing model
+    retry_s: float = _setting(60.0, least=0.1)  # between looks at a full disk, or a model or worker of no use
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found = {}
     for name, value in environment.items():
         section, _, key = name.removeprefix(ENVIRONMENT).lower().partition("_")
-        if name.startswith(ENVIRONMENT) and name not in NOT_SETTINGS and section in SECTIONS:
+        if name.startswith(ENVIRONMENT) and section in SECTIONS:
             found[f"{section}.{key}"] = value
     return found
 

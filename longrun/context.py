@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config, disk
-from longrun.errors import BadConfig
+from longrun import archive, checkpoint, config, disk, locks
+from longrun.errors import BadConfig, placed
 from longrun.job import WAITING, Job, JobState
 from longrun.lineage import FileRecord
 from longrun.wording import counted
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from longrun.notify import Notifier
 
 
+SOLVED = {
+    "room": "there is room for the next checkpoint",
+    "disk": "the disk takes what was refused before",
+    "model": "the model can be gone on from",
+    "worker": "the worker is ready",
+    "inbox": "files can be taken from the inbox",
+    "settings": "longrun.toml is good",
+    "restore": "the model is free",
+}
+
+
 @dataclass
 class Context:
     home: Home
@@ -33,7 +44,7 @@ class Context:
     journal: Journal
     verifier: checkpoint.Verifier
     notifier: Notifier
-    lock: disk.Lock  # of the home
+    lock: locks.Lock  # of the home
     problems: dict[str, str] = field(default_factory=dict)  # by kind: what a person should know and mend
     rejected_now: int = 0  # since this daemon started
     ended_now: int = 0  # jobs trained or rejected since then
@@ -44,7 +55,7 @@ class Context:
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
     _settings_seen: tuple[object, ...] = ()  # the file as last judged, and the model it was held against
     _users: int = 0  # of the model, in this process
-    _model_lock: disk.Lock | None = None
+    _model_lock: locks.Lock | None = None
 
     def waiting(self, *states: JobState, limit: int) -> list[Job]:
         """The first jobs that wait for their turn; the one that the model is in the middle of comes first."""
@@ -73,7 +84,7 @@ class Context:
 
     def solved(self, kind: str) -> None:
         if self.problems.pop(kind, None) is not None:
-            self.say("solved", f"{kind}: solved")
+            self.say("solved", f"solved: {SOLVED.get(kind, kind)}")
 
     def disk_is_well(self) -> None:
         """What was refused has been written since."""
@@ -83,7 +94,7 @@ class Context:
     def hold_model(self) -> None:
         """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
         if not self._users:
-            self._model_lock = disk.Lock.take(
+            self._model_lock = locks.Lock.take(
                 self.home.training_lock, what="training", wait_s=0.0, held=self.home.model, hint="wait for it to end"
             )
         self._users += 1
@@ -105,8 +116,8 @@ class Context:
     def newest(self) -> checkpoint.Checkpoint | None:
         """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted.
 
-        Not while a run commits: what was published from a damaged checkpoint is replaced. Locked while somebody
-        replaces the model.
+        To be asked only while no run commits, because what was published from a damaged checkpoint is replaced. Locked
+        while somebody replaces the model.
         """
         with self.model_held():
             return self._newest()
@@ -150,7 +161,8 @@ class Context:
             return
         self.solved("settings")
         for change in config.changes(self.settings, fresh):
-            self.say("setting changed", f"from the next file on: {change}")
+            kept = change.startswith(("train.", "model."))  # by the file that is being trained
+            self.say("setting changed", f"{'from the next file on' if kept else 'from now on'}: {change}")
         if fresh.log != self.settings.log:
             self.journal.configure(fresh.log)
         self.settings = fresh
@@ -183,15 +195,15 @@ class Context:
             self._tell_trained(job, FileRecord.from_json(job.record))
 
     def _tell_trained(self, job: Job, record: FileRecord) -> None:
-        losses = (
-            [f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end"] if record.mean_loss else []
-        )
+        steps = f"{record.done_steps} of {record.planned_steps} steps"
+        told = [f"{job.name} is trained: {steps}, global step {record.target_step}"]
+        if record.mean_loss is not None:
+            told.append(f"loss {record.mean_loss:.4f} on average, {record.final_loss:.4f} at the end")
         if record.eval_loss is not None:
-            losses.append(f"held-out loss {record.eval_loss:.4f} over {counted(record.held_out_rows, 'row')}")
+            told.append(f"held-out loss {record.eval_loss:.4f} over {counted(record.held_out_rows, 'row')}")
         self.say(
             "trained",
-            f"{job.name} is trained: {record.done_steps} of {record.planned_steps} steps,"
-            f" global step {record.target_step}; {'; '.join(losses)}",
+            "; ".join(told),
             job=job.number,
             file=job.name,
             global_step=record.target_step,
@@ -219,10 +231,5 @@ class Context:
 
 
 def _in_words(reason: dict[str, Any]) -> str:
-    place = [
-        f"line {reason['line']}" if "line" in reason else "",
-        f"byte {reason['byte']}" if "byte" in reason else "",
-    ]
-    where = ", ".join(part for part in [*place, str(reason.get("field", ""))] if part)
-    text = f"{where}: {reason['why']}" if where else str(reason["why"])
+    text = placed(reason["why"], line=reason.get("line"), byte=reason.get("byte"), field=reason.get("field"))
     return f"{text}. Fix: {reason['fix']}" if reason.get("fix") else text

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from longrun import config, disk
+from longrun import config, disk, locks
 from longrun.commands import say
 from longrun.errors import BadConfig, ExitCode, LongrunError
 from longrun.wording import printable
@@ -47,7 +47,7 @@ def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     probe = home.state / "doctor.probe"
     disk.write_file(probe, b"")
     disk.remove_file(probe)
-    held = disk.holder(home.daemon_lock)
+    held = locks.holder(home.daemon_lock)
     who = f"; held by {held.get('what')} (pid {held.get('pid')})" if held else "; no daemon runs"
     return f"{home.root} can be written{who}"
 
@@ -98,11 +98,10 @@ def _look_at_device(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
 
 
 def _look_at_base_model(home: Home, flags: dict[str, Any]) -> str:
+    from longrun.compose import ask_for_base_model
+
     source = config.load(home.settings, flags=flags).model.base_model
-    command = [sys.executable, str(PROGRAM), "--check-base", source]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode:
-        raise BadConfig((answer.stderr.strip().splitlines() or [f"{source} cannot be loaded"])[-1])
+    ask_for_base_model(source)
     return source
 
 

@@ -112,10 +112,7 @@ class BadFile(LongrunError):
         extract: str | None = None,
         hint: str = "",
     ) -> None:
-        at = [f"line {line}" if line is not None else "", f"byte {byte}" if byte is not None else ""]
-        place = ", ".join(part for part in at if part)
-        subject = ": ".join(part for part in (place, field) if part)
-        super().__init__(f"{subject}: {why}" if subject else why, hint=hint)
+        super().__init__(placed(why, line=line, byte=byte, field=field), hint=hint)
         self.why = why
         self.kind = kind
         self.line = line
@@ -135,6 +132,13 @@ class BadFile(LongrunError):
             "fix": self.hint or None,
         }
         return {key: value for key, value in found.items() if value is not None}
+
+
+def placed(why: str, *, line: int | None = None, byte: int | None = None, field: str | None = None) -> str:
+    """What is wrong, behind where it is, as far as that is known."""
+    at = [f"line {line}" if line is not None else "", f"byte {byte}" if byte is not None else ""]
+    place = ", ".join(part for part in at if part)
+    return ": ".join(part for part in (place, field, why) if part)
 
 
 def exit_code(program: str, work: Callable[[], int]) -> int:

@@ -1,6 +1,6 @@
 """What a dropped file holds: its format, its rows, and the first thing that is wrong with it.
 
-`examine` reads a whole file before anything is trained; `read_rows` gives the rows again for preparing them.
+`examine` reads a whole file before anything is trained; a RowReader gives the rows again for preparing them.
 Both are one generator, so they accept the same rows under the same numbers, and both take the file's hash on
 the way: equal hashes prove that the bytes that are trained are the bytes that were examined.
 """
@@ -107,21 +107,11 @@ def examine(
     )
 
 
-def read_rows(
-    path: Path,
-    examined_format: RowFormat,
-    *,
-    on_bad_row: str = "reject",
-    max_line_bytes: int = MAX_LINE_BYTES,
-) -> RowReader:
-    """The rows of an examined file. After the last, its `sha256` must equal the one that was examined."""
-    return RowReader(path, examined_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
-
-
 class RowReader:
     """Iterates over (row, Row), rows counted from 0 and only the accepted ones; made for one pass.
 
-    The other facts are complete when the iteration is.
+    The other facts are complete when the iteration is. Of an examined file the format is known, and after the last row
+    `sha256` must equal the one that was examined.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class Job:
     rows: int = 0  # accepted rows; 0 until examined
     format: str = ""
     on_bad_row: str = "reject"  # as it was examined: the numbers of its rows depend on it
-    attempts: int = 0  # runs in a row that died without saving anything new
+    attempts: int = 0  # deaths over it in a row, of the worker or the preparer, that saved nothing new
     reason: str = ""  # JSON, for REJECTED
     record: str = ""  # JSON of the lineage's FileRecord, for TRAINED: a model that is restored may not have it
 

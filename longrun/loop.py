@@ -1,7 +1,8 @@
 """The daemon's loop: the one place that knows the order of things.
 
 A life in three verbs: `_start`, `tick` until it says "leave", `_leave`. A tick is a list of calls, none of which
-waits. Whatever it was doing when the process dies, the next start finds the same situation on disk.
+waits; the longest reads a checkpoint that this process has not seen yet, or files that are to be taken back. Whatever
+it was doing when the process dies, the next start finds the same situation on disk.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ class Daemon:
     def _go_on(self, now: float) -> None:
         """Settle, prepare and train; while the model is being restored or reset, the next file waits for it."""
         try:
-            self._settle_orphans(now)
+            self._resolve_orphans(now)
             self._taking_back = self._takes_back and self._recovery.take_back()
             self._preparation.next(now, self._context.seen)
             self._train_next(now)
@@ -267,7 +268,7 @@ class Daemon:
             self._paused = paused
             self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
         if self._leaving:
-            self._runs.stop("stop", now)
+            self._runs.stop("stop", now, "; a second signal leaves at once" if self._signals else "")
         elif paused:
             self._runs.stop("pause", now)
         skip = self._asked.get(requests.SKIP)
@@ -337,7 +338,7 @@ class Daemon:
 
     # -- training
 
-    def _settle_orphans(self, now: float) -> None:
+    def _resolve_orphans(self, now: float) -> None:
         """A running job without a run: the last daemon, or a full disk, came between it and the ledger."""
         if self._runs.current is None:
             for job in self._context.ledger.in_state(JobState.RUNNING):
@@ -534,7 +535,12 @@ class Daemon:
                 signal.signal(number, signal.SIG_IGN if self._signals else handler)
 
 
-def _means_full(error: Exception) -> bool:
+def _means_full(error: OSError | sqlite3.OperationalError) -> bool:
+    """Whether it passes, or a person mends it, while the daemon waits."""
     if isinstance(error, OSError):
         return error.errno in disk.FULL
-    return any(words in str(error) for words in ("full", "disk I/O", "locked"))
+    kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the lowest byte of an extended code
+    return kind in SQLITE_PASSES
+
+
+SQLITE_PASSES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

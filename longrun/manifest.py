@@ -1,7 +1,7 @@
 """What a backup is: a list of files by content, sealed, written last.
 
-    backups/ID.json     the manifest; its name appearing is the backup coming into being
-    backups/ID.sha256   the same list in the form of sha256sum, for restoring by hand
+    backups/ID/manifest.json   the manifest; its folder appearing is the backup coming into being
+    backups/ID/SHA256SUMS      the same list in the form of sha256sum, for restoring by hand
 
 A manifest may come from anywhere (an archive, a bucket, a damaged disk), so nothing in it is believed before
 `parse` has looked at every field: a path that leaves the folder, a digest that is no digest, two entries of

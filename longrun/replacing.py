@@ -7,7 +7,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from longrun import disk
+from longrun import locks
 from longrun.errors import Locked
 
 if TYPE_CHECKING:
@@ -26,32 +26,32 @@ def alone_with_model(home: Home, what: str, *, wait: bool = False, hint: str) ->
         lock = None
         while lock is None:
             try:
-                lock = disk.Lock.take(home.training_lock, what=what, held=home.model, hint=hint)
+                lock = locks.Lock.take(home.training_lock, what=what, held=home.model, hint=hint)
             except Locked:
                 if not wait:
                     raise
                 time.sleep(LOOK_S)
     with lock:
-        if disk.holder(home.daemon_lock) is None:
+        if locks.holder(home.daemon_lock) is None:
             _outlast_former_worker(home, what)
         yield
 
 
-def _next_in_turn(home: Home, what: str) -> disk.Lock:
+def _next_in_turn(home: Home, what: str) -> locks.Lock:
     """Else the next file would begin in the moment in which one ends."""
-    return disk.Lock.take(home.turn_lock, what=what, wait_s=math.inf, held=home.model)
+    return locks.Lock.take(home.turn_lock, what=what, wait_s=math.inf, held=home.model)
 
 
 def check_turn(home: Home) -> None:
     """Locked while somebody waits to replace the model."""
-    waiting = disk.holder(home.turn_lock)
+    waiting = locks.holder(home.turn_lock)
     if waiting is not None:
         raise Locked(f"{waiting.get('what', 'another process')} (pid {waiting.get('pid', '?')}) waits for the model")
 
 
 def _outlast_former_worker(home: Home, what: str) -> None:
     """A worker whose daemon was killed may be about to commit; it ends by itself."""
-    with disk.Lock.take(
+    with locks.Lock.take(
         home.model_lock, what=what, wait_s=FORMER_WORKER_S, held=home.model, hint="end that process, or wait for it"
     ):
         pass

@@ -50,8 +50,4 @@ def made(home: Home) -> dict[str, dict[str, Any]]:
 
 def clear(home: Home, name: str) -> bool:
     """Take the request back; whether there was one."""
-    try:
-        (home.requests / name).unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    return disk.remove_file(home.requests / name)

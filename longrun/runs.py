@@ -1,8 +1,9 @@
 """Runs: one attempt at a job by the worker, from the plan to the committed end.
 
-A run may end in six ways: at its target, stopped on purpose, with its model gone, for want of disk, by the
-file's own fault (NaN), or by a death of the worker. Only the last one counts as an attempt, and only when it
-saved nothing new; in every case the next run goes on from the newest verified checkpoint.
+A run may end at its target, stopped on purpose, with its model gone, for want of disk or of what it is trained with,
+by the file's own fault (NaN, a token the model has not), or by a death of the worker or damage to the prepared rows.
+Only the last two count as an attempt, and only when they saved nothing new; in every case the next run goes on from the
+newest verified checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class Run:
     stopping: str = ""  # why it was asked to stop
     waiting: wire.Waiting | None = None
     loss: float | None = None
-    first_loss: float | None = None
     steps_per_s: float = 0.0
 
     def facts(self) -> dict[str, Any]:
@@ -233,16 +233,19 @@ class Runs:
 
     # -- stopping
 
-    def stop(self, why: str, now: float) -> None:
-        """Ask for the end of the run at the next step boundary, after a checkpoint. A skip is not taken back."""
+    def stop(self, why: str, now: float, note: str = "") -> None:
+        """Ask for the end of the run at the next step boundary, after a checkpoint. A skip is not taken back.
+
+        `note` is told with it.
+        """
         run = self.current
         if run is None or run.stopping in (why, "skip"):
             return
         run.stopping = why
         if run.started:
             self.worker.send(wire.Stop(why=why), now)
-            again = "; a second signal leaves at once" if why == "stop" else ""
-            self._context.say("asked", f"{why}: at the next step boundary, after a checkpoint{again}")
+            when = f"at the next step boundary, after a checkpoint{note}"
+            self._context.say("asked", f"{why}: the training of {run.job.name} ends {when}")
         elif why != "skip" or run.saved_step == run.plan.base_step:  # nothing new to save, no rows to name
             self.worker.kill()
             self._over(run)
@@ -363,7 +366,6 @@ class Runs:
         run.waiting = None
         self._context.solved("room")
         run.global_step, run.loss, run.steps_per_s = message.global_step, message.loss, message.steps_per_s
-        run.first_loss = message.loss if run.first_loss is None else run.first_loss
         done, planned = run.plan.done_steps(run.global_step), run.plan.planned_steps
         loss = "" if message.loss is None else f", loss {message.loss:.4f}"
         eta = f", {run.eta_s:.0f} s left" if run.eta_s else ""
@@ -441,8 +443,8 @@ class Runs:
         self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.say(
             "stopped",
-            f"{run.job.name}: {why} after {done} of {run.plan.planned_steps} steps (global step {run.global_step});"
-            " the rest is trained when training goes on",
+            f"{run.job.name}: ended by {why} after {done} of {run.plan.planned_steps} steps (global step"
+            f" {run.global_step}); the rest is trained when training goes on",
             job=run.job.number,
         )
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TRIES = 40
 PAUSE_S = 0.1  # between tries; a commit publishes in less than a second
-SPARE_FILES = 64  # that the process needs besides the source's
 _INDEX = re.compile(r".*\.index\.json")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt)")
 _BESIDE_WEIGHTS = re.compile(

@@ -9,7 +9,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import disk
+from longrun import disk, locks
 
 if TYPE_CHECKING:
     from longrun.home import Home
@@ -36,7 +36,7 @@ def read(home: Home) -> dict[str, Any]:
     """
     facts = _empty(home) | _note(home)
     written_at = facts.pop("written_at", None)
-    held = disk.holder(home.daemon_lock)
+    held = locks.holder(home.daemon_lock)
     if held is None:
         return _unfinished(facts) | {"state": "stopped", "pid": None, "worker_pid": None, "preparer_pid": None}
     if held.get("pid") != facts["pid"] or not isinstance(written_at, float):

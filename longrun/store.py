@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from longrun import disk
+from longrun import disk, locks
 from longrun.errors import BadBackup, BadManifest, Locked
 from longrun.manifest import MAX_BYTES, Manifest, StoredFile, is_digest, is_id, parse
 from longrun.retention import Keep, expendable
@@ -64,6 +64,9 @@ content, and the content is in objects/sha256/ under that name.
     sha256sum -c "$STORE/backups/$ID/SHA256SUMS"
     chmod -R u+w .
 """
+
+
+PAPERS = {"format.json": FORMAT, "RESTORE.txt": RESTORE_TXT.encode()}  # what says what a store is
 
 
 def silent(count: int) -> None:
@@ -185,7 +188,7 @@ class Store(Catalogue):
             raise BadBackup(f"cannot keep backups in {root}: it is not a folder", hint="name another --store")
         if not store.backups.is_dir():
             strange = [entry.name for entry in root.iterdir()] if root.is_dir() else []
-            if not {"format.json", "RESTORE.txt", "objects", "tmp", "lock"} >= set(strange):
+            if not {*PAPERS, "objects", "tmp", "lock"} >= set(strange):
                 raise BadBackup(f"cannot keep backups in {root}: it holds something else", hint="name an empty --store")
             new = [folder for folder in (root, *root.parents) if not folder.exists()]
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ class Store(Catalogue):
         store._check_format()
         for folder in (store.objects, store.backups, store.tmp):
             folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("format.json", FORMAT), ("RESTORE.txt", RESTORE_TXT.encode())):
+        for name, content in PAPERS.items():
             if _bytes_of(root / name) != content:
                 disk.write_file(root / name, content)
         disk.sync_folder(store.objects.parent)
@@ -212,16 +215,16 @@ class Store(Catalogue):
                 hint="use the newer program that wrote it",
             )
 
-    def using(self, what: str) -> disk.Lock:
+    def using(self, what: str) -> locks.Lock:
         """The lock of those who add or read: nothing is pruned meanwhile."""
         return self._lock(what, shared=True, wait_s=WAIT_S)
 
-    def pruning(self, wait_s: float | None = None) -> disk.Lock:
+    def pruning(self, wait_s: float | None = None) -> locks.Lock:
         """The store for oneself: no backup is being made, so what lies in tmp/ or is named by none was left behind."""
         return self._lock("prune", shared=False, wait_s=WAIT_S if wait_s is None else wait_s)
 
-    def _lock(self, what: str, *, shared: bool, wait_s: float) -> disk.Lock:
-        return disk.Lock.take(
+    def _lock(self, what: str, *, shared: bool, wait_s: float) -> locks.Lock:
+        return locks.Lock.take(
             self.root / "lock", what=what, shared=shared, wait_s=wait_s, held=self.root, hint="wait for it to end"
         )
 
@@ -296,9 +299,8 @@ class Store(Catalogue):
         return found + self._damaged_objects(manifests, quick, on_bytes)
 
     def _damaged_papers(self) -> list[Damage]:
-        papers = {"format.json": FORMAT, "RESTORE.txt": RESTORE_TXT.encode()}
         why = f"missing or changed; {MADE_ANEW}"
-        return [Damage(name, why) for name, content in papers.items() if _bytes_of(self.root / name) != content]
+        return [Damage(name, why) for name, content in PAPERS.items() if _bytes_of(self.root / name) != content]
 
     def _damaged_objects(self, manifests: list[Manifest], quick: bool, on_bytes: Callable[[int], None]) -> list[Damage]:
         sizes = {digest: size for manifest in manifests for digest, size in manifest.digests.items()}

@@ -26,10 +26,9 @@ from longrun.backups import stage, staging
 from longrun.errors import BadBackup, BadManifest
 from longrun.manifest import ANY, MAX_BYTES, Manifest, StoredFile, is_id, parse
 from longrun.store import (
-    FORMAT,
     MANIFEST,
+    PAPERS,
     PRUNE,
-    RESTORE_TXT,
     SUMS,
     Catalogue,
     Damage,
@@ -364,8 +363,7 @@ class Remote(Catalogue):
                     continue
                 self._upload(store, digest, on_bytes)
                 new_bytes += size
-            papers = {"format.json": FORMAT, "RESTORE.txt": RESTORE_TXT.encode()}
-            papers |= {f"backups/{manifest.id}/{SUMS}": manifest.to_sums()}
+            papers = PAPERS | {f"backups/{manifest.id}/{SUMS}": manifest.to_sums()}
             papers |= {f"backups/{manifest.id}/{MANIFEST}": manifest.to_json().encode()}  # last: it makes the backup
             for name, content in papers.items():
                 self._put(name, content)

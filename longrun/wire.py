@@ -247,7 +247,7 @@ class Channel:
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket that accepts one worker at `path`, for the owner only (until its mode is set: through its folder)."""
+    """A socket that accepts one worker at `path`, for the owner only: its folder is, and soon its mode says so, too."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     with _short(path) as address:

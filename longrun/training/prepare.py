@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from longrun import disk
 from longrun.errors import BadFile
-from longrun.examine import read_rows
+from longrun.examine import RowReader
 from longrun.home import FACTS, ROWS
 from longrun.rows import ChatRow, Row, RowFormat
 from longrun.training.masks import Encoder
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from longrun import wire
-    from longrun.examine import RowReader
     from longrun.training.masks import Draft, Encoded
 
 T = TypeVar("T")
@@ -97,7 +96,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
         disk.remove_tree(remains, folder.parent)
     fresh.mkdir()
     tally = Tally()
-    reader = read_rows(
+    reader = RowReader(
         Path(task.path),
         RowFormat(task.format),
         on_bad_row=task.on_bad_row,
@@ -113,7 +112,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
         "base_model": task.base_model,
         "on_bad_row": task.on_bad_row,
         **vars(tally),
-        "mask_source": encoder.mask_source if tally.rows and RowFormat(task.format) in CHAT else "no template needed",
+        "mask_source": encoder.mask_source if encoder.has_rendered else "no template needed",
     }
     (fresh / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     disk.sync_tree(fresh)
@@ -121,13 +120,10 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
     return facts
 
 
-CHAT = frozenset({RowFormat.MESSAGES, RowFormat.SHAREGPT, RowFormat.ALPACA})
-
-
 def count(path: Path, row_format: RowFormat, on_bad_row: str, max_line_bytes: int, encoder: Encoder) -> Tally:
     """What preparing the file would find, without writing anything."""
     tally = Tally()
-    reader = read_rows(path, row_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
+    reader = RowReader(path, row_format, on_bad_row=on_bad_row, max_line_bytes=max_line_bytes)
     deque(_encoded(reader, encoder, tally, on_bad_row, lambda _: None), maxlen=0)
     return tally
 

@@ -394,7 +394,6 @@ class Session:
         self._check_weights()
         step = self._trainer.state.global_step
         lineage = self._lineage_at(step)
-        digest = None
         self._wait_for_room()
         while True:
             started = time.monotonic()

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longrun import disk, process, wire
+from longrun import disk, locks, process, wire
 from longrun.errors import BadConfig, BadFile, LongrunError, ModelRemoved
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def worker(home: Home, socket: Path, options_json: str) -> None:
     if int(os.environ.get("RANK", "0")):
         _work(home, options_json, None)
         return
-    with disk.Lock.take(home.model_lock, what="training worker", wait_s=LOCK_WAIT_S):
+    with locks.Lock.take(home.model_lock, what="training worker", wait_s=LOCK_WAIT_S):
         _work(home, options_json, wire.connect(socket))
 
 

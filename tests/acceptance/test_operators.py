@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from longrun import disk
+from longrun import locks
 from longrun.home import Home
 from tests.drills.daemons import Watched
 from tests.lab import LIMIT_S, REPOSITORY, Lab
@@ -153,7 +153,7 @@ def test_the_worker_holds_the_lock_of_the_model_that_it_trains(lab):
     lab.ensure_running()
     lab.drop("slow-held.jsonl", 40)
     lab.wait_for_steps("slow-held.jsonl", 1)
-    held = disk.holder(lab.home / "state" / "model.lock")
+    held = locks.holder(lab.home / "state" / "model.lock")
     assert held is not None
     assert held["pid"] == lab.note["worker_pid"]
     lab.wait_trained("slow-held.jsonl")
@@ -164,9 +164,9 @@ def test_a_daemon_waits_until_the_worker_of_the_one_before_is_gone(tmp_path):
         home = Home(lab.home)
         home.make()
         lab.drop_rows("a", 8)
-        with disk.Lock.take(home.model_lock, what="former worker"):
+        with locks.Lock.take(home.model_lock, what="former worker"):
             daemon = lab.start("--drain")
-            lab.wait_until(lambda: disk.holder(home.daemon_lock))
+            lab.wait_until(lambda: locks.holder(home.daemon_lock))
             time.sleep(1)
             assert (lab.log, daemon.poll()) == ("", None)
         assert daemon.wait(LIMIT_S) == 0

@@ -23,7 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from longrun import checkpoint, disk, process, wire  # noqa: E402
+from longrun import checkpoint, disk, locks, process, wire  # noqa: E402
 from longrun.errors import BadFile, ModelRemoved  # noqa: E402
 from longrun.examine import examine  # noqa: E402
 from longrun.home import FACTS, ROWS, Home  # noqa: E402
@@ -133,7 +133,7 @@ def _lineage_at(before: Lineage, progress: InProgress) -> Lineage:
 
 
 def work(home: Home, socket: Path) -> None:
-    with disk.Lock.take(home.model_lock, what="scripted worker", wait_s=10.0):
+    with locks.Lock.take(home.model_lock, what="scripted worker", wait_s=10.0):
         channel = wire.connect(socket)
         channel.send(wire.Hello(pid=os.getpid(), role="worker", device="none"))
         trainer = Worker(home, channel)

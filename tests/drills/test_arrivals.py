@@ -88,7 +88,7 @@ def not_a_folder(lab):
     lab.inbox.write_text("")
     lab.wait_until(lambda: lab.log.count("cannot take files from") > said)
     lab.inbox.unlink()
-    lab.wait_until(lambda: lab.log.count("inbox: solved") > said)
+    lab.wait_until(lambda: lab.log.count("solved: files can be taken") > said)
 
 
 def replaced_by_a_full_one(lab):

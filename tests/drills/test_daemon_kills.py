@@ -77,7 +77,7 @@ def test_a_disk_that_refused_a_file_is_well_when_there_is_nothing_left_to_write(
     try:
         (lab.home / "inbox" / "not-rows.jsonl").write_text("what it was refused is done, and no model is written\n")
         lab.start(faults=[{"at": "longrun.archive:put_away", "role": "daemon", "do": "ENOSPC", "about": "not-rows"}])
-        lab.wait_until(lambda: "disk: solved" in lab.log)
+        lab.wait_until(lambda: "solved: the disk takes" in lab.log)
         assert "paused: disk" in lab.log
         lab.wait_until(lambda: (told := status.read(Home(lab.home)))["state"] == "idle" and not told["problems"])
         assert lab.names("rejected") == {"not-rows.jsonl", "not-rows.jsonl.reason.json"}

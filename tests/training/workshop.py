@@ -19,7 +19,7 @@ from longrun.training.base_model import load_tokenizer
 from longrun.training.masks import Encoder
 from longrun.training.prepare import prepare
 from longrun.training.run import Options, Runner
-from tests.lab import numbered
+from tests.lab import digest_of, numbered
 
 RECIPE = Recipe(
     learning_rate=1e-3,
@@ -179,8 +179,8 @@ class Workshop:
         times = collections.Counter(row for step in range(base_step, target_step) for row in self.received[step])
         return collections.Counter(times[row] for row in range(1, rows + 1))
 
-    def state(self) -> dict[str, bytes]:
-        """Every bit of the newest checkpoint's weights and optimizer."""
+    def state(self) -> dict[str, str]:
+        """Every bit of the newest checkpoint's weights and optimizer, by tensor, as digests: they can be shown."""
         import torch
         from safetensors.torch import load_file
 
@@ -189,7 +189,7 @@ class Workshop:
         tensors: dict[str, Any] = dict(load_file(newest.path / "model.safetensors"))
         saved = torch.load(newest.path / "optimizer.pt", weights_only=True)["state"]
         tensors |= {f"{index}.{name}": value for index, entry in saved.items() for name, value in entry.items()}
-        return {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+        return {name: digest_of(tensor) for name, tensor in tensors.items()}
 
     def with_recipe(self, **changes: Any) -> None:
         self.recipe = replace(self.recipe, **changes)

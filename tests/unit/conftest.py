@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from longrun import disk
+from longrun import locks
 from longrun.home import Home
 from longrun.store import Store
 from tests.unit.builders import plain_model
@@ -24,9 +24,9 @@ def home(tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def daemon(home: Home) -> Iterator[disk.Lock]:
+def daemon(home: Home) -> Iterator[locks.Lock]:
     """The lock of a daemon that runs on the home, as far as others can tell."""
-    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
+    with locks.Lock.take(home.daemon_lock, what="the Longrun daemon") as lock:
         yield lock
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "disk facts": [
         "home",
         "disk",
+        "locks",
         "config",
         "jsonl",
         "examine",
@@ -66,8 +67,8 @@ OF_MODULES = {
 # (module, call): why it may.
 ALLOWED = {
     ("checkpoint", "write_text"): "into the staging folder, which only its worker reads before the commit",
-    ("requests", "unlink"): "a request is one small file, and its maker never looks at it again",
     ("wire", "unlink"): "the socket of a former daemon",
+    ("locks", "ftruncate"): "a lock's note, which only says who holds it",
     ("demo", "copy"): "a drop into the inbox, as a person makes one with cp",
     ("demo", "write_text"): "the settings of a home that nobody uses yet",
     ("training/prepare", "write_text"): "into a folder that is renamed when it is complete",
@@ -137,7 +138,7 @@ def loaded_by(statement: str) -> set[str]:
 def test_status_stands_on_the_standard_library_and_little_else() -> None:
     loaded = loaded_by("import daemon; from longrun import commands")
     own = {name.removeprefix("longrun.") for name in loaded if name.startswith("longrun.")}
-    assert own == {"commands", "disk", "errors", "home", "requests", "status", "wording"}
+    assert own == {"commands", "disk", "errors", "home", "locks", "requests", "status", "wording"}
     assert not loaded & {*HEAVY, "watchdog", "sqlite3", "tqdm", "zstandard"}
 
 

@@ -120,7 +120,7 @@ def test_long_names_that_begin_alike_have_reasons_of_their_own(home: Home) -> No
 @pytest.mark.parametrize("name", ["x.jsonl", "rejected/x.jsonl"])
 def test_a_rejected_file_is_taken_back_without_its_reason(home: Home, name: str) -> None:
     archive.put_away(home, claimed(home, job(1, JobState.REJECTED, reason=REASON)))
-    assert archive.take_back(home, name) == home.inbox / "x.jsonl"
+    assert archive.drop_again(home, name) == home.inbox / "x.jsonl"
     assert content_of(home.inbox) == {"x.jsonl": b"rows"}
     assert content_of(home.rejected) == {}
 
@@ -128,7 +128,7 @@ def test_a_rejected_file_is_taken_back_without_its_reason(home: Home, name: str)
 def test_a_trained_file_stays_in_trained(home: Home) -> None:
     (home.trained / "x.jsonl").write_bytes(b"rows")
     (home.inbox / "x.jsonl").write_bytes(b"waits")
-    assert archive.take_back(home, "x.jsonl") == home.inbox / "x.2.jsonl"
+    assert archive.drop_again(home, "x.jsonl") == home.inbox / "x.2.jsonl"
     assert content_of(home.trained) == {"x.jsonl": b"rows"}
     assert content_of(home.inbox) == {"x.jsonl": b"waits", "x.2.jsonl": b"rows"}
 
@@ -136,7 +136,7 @@ def test_a_trained_file_stays_in_trained(home: Home) -> None:
 def test_what_is_nowhere_cannot_be_taken_back(home: Home) -> None:
     home.inbox.rmdir()
     with pytest.raises(FileNotFoundError):
-        archive.take_back(home, "x.jsonl")
+        archive.drop_again(home, "x.jsonl")
     assert content_of(home.root / "inbox") == {}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import backup_manager
-from longrun import backup_commands, disk, replacing
+from longrun import backup_commands, locks, replacing
 from longrun import store as stores
 from longrun.home import Home
 from longrun.store import Store
@@ -329,16 +329,16 @@ def test_a_model_that_is_trained_is_not_replaced(trained: Home, said: Any, monke
     said("backup", "current_model")
     before = state_of(trained.model)
     clock = itertools.count()
-    monkeypatch.setattr(disk.time, "monotonic", lambda: next(clock))  # each look is a second later
-    training = disk.Lock.take(trained.training_lock, what="the Longrun worker")
+    monkeypatch.setattr(locks.time, "monotonic", lambda: next(clock))  # each look is a second later
+    training = locks.Lock.take(trained.training_lock, what="the Longrun worker")
     told = said("restore", "latest", code=75)
     assert "current_model is held by the Longrun worker" in told
     assert "--when-idle waits until no file is being trained" in told
     assert state_of(trained.model) == before
     said("restore", "latest", "elsewhere")  # in nobody's way
-    monkeypatch.setattr(disk.time, "sleep", lambda wait: training.release() if wait == replacing.LOOK_S else None)
+    monkeypatch.setattr(locks.time, "sleep", lambda wait: training.release() if wait == replacing.LOOK_S else None)
     said("restore", "latest", "--when-idle")
-    assert disk.holder(trained.training_lock) is None
+    assert locks.holder(trained.training_lock) is None
 
 
 def test_prune_says_what_and_does_it_when_told_to(trained: Home, said: Any) -> None:

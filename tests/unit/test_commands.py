@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import commands, disk, requests, status
+from longrun import commands, disk, locks, requests, status
 from longrun.errors import BadConfig, LongrunError, NotRunning
 from longrun.home import Home
 from longrun.job import JobState
@@ -34,7 +34,7 @@ CURRENT = {
 
 
 def note(home: Home, **facts: Any) -> None:
-    pid = (disk.holder(home.daemon_lock) or {}).get("pid")
+    pid = (locks.holder(home.daemon_lock) or {}).get("pid")
     known = {"state": "idle", "pid": pid, "current": None, "queued": 0, "queue": [], "problems": []}
     status.write(home, known | facts)
 
@@ -114,7 +114,7 @@ def test_pause_and_resume_are_told_apart(home: Home, capsys: pytest.CaptureFixtu
 def test_stop_waits_until_the_daemon_has_left(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], now: bool
 ) -> None:
-    lock = disk.Lock.take(home.daemon_lock, what="x")
+    lock = locks.Lock.take(home.daemon_lock, what="x")
     monkeypatch.setattr(time, "sleep", lambda _: lock.release())
     assert commands.stop(home, now=now) == 0
     assert (requests.pending(home, requests.STOP) or {})["now"] is now

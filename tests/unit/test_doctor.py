@@ -57,5 +57,5 @@ def test_the_doctor_names_a_base_model_that_cannot_be_loaded(
     monkeypatch.setattr(subprocess, "run", answer(1))
     doctor.run(home, {"model.base_model": "org/name"})
     told = capsys.readouterr().out
-    assert "BAD  base model   org/name cannot be loaded" in told
+    assert "BAD  base model   it cannot be loaded" in told
     assert "BAD  device       torch cannot be started" in told

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longrun.errors import BadFile
-from longrun.examine import MAX_SKIPPED_SHOWN, examine, read_rows
+from longrun.examine import MAX_SKIPPED_SHOWN, RowReader, examine
 from longrun.rows import ChatRow, CompletionRow, Row, RowFormat, TextRow
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def write(path: Path, *rows: Any) -> None:
 
 def rows_of(path: Path, **options: Any) -> list[Row]:
     examined = examine(path, **options)
-    return [row for _, row in read_rows(path, examined.format, **options)]
+    return [row for _, row in RowReader(path, examined.format, **options)]
 
 
 def refusal(path: Path, *rows: Any) -> BadFile:
@@ -226,7 +226,7 @@ def test_the_hash_is_of_the_bytes_on_disk_and_the_size_is_of_the_text(path: Path
     path.write_bytes(pack(text))
     examined = examine(path)
     assert (examined.compression, examined.size_bytes, examined.rows) == (compression, len(text), 2)
-    reader = read_rows(path, examined.format)
+    reader = RowReader(path, examined.format)
     assert list(reader) == [(0, TextRow(text="a")), (1, TextRow(text="b"))]
     assert reader.sha256 == examined.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -287,7 +287,7 @@ def test_examining_and_reading_accept_the_same_rows(
         examined = examine(path, on_bad_row="skip", max_line_bytes=100)
     except BadFile:
         return
-    reader = read_rows(path, examined.format, on_bad_row="skip", max_line_bytes=100)
+    reader = RowReader(path, examined.format, on_bad_row="skip", max_line_bytes=100)
     assert [number for number, _ in reader] == list(range(examined.rows))
     assert [skip["line"] for skip in reader.skipped] == [skip["line"] for skip in examined.skipped]
     assert reader.sha256 == examined.sha256

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import disk, status
+from longrun import disk, locks, status
 
 if TYPE_CHECKING:
     from longrun.home import Home
@@ -19,7 +19,7 @@ TRAINING = {"state": "training", "pid": os.getpid(), "global_step": 9, "current"
 
 @pytest.fixture
 def held(home: Home) -> Any:
-    with disk.Lock.take(home.daemon_lock, what="the Longrun daemon"):
+    with locks.Lock.take(home.daemon_lock, what="the Longrun daemon"):
         yield
 
 
