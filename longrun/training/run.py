@@ -49,7 +49,8 @@ SAVE_AT_LEAST_S, SAVE_AT_MOST_S = 60.0, 1800.0  # between them: the most that a 
 LOOK_FOR_ROOM_S = 2.0
 ROWS_TOLD = 100_000  # of a skipped file; of a larger one only their number is told
 ROOM_MARGIN_BYTES = 32 << 20
-WRITE_REFUSED = ("PytorchStreamWriter", "iostream error", "cannot be opened", "Parent directory")  # torch.save
+# What torch.save says, instead of the system's error.
+WRITE_REFUSED = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "cannot be opened", "Parent directory")
 
 
 class Line(Protocol):

@@ -226,7 +226,7 @@ def test_put_check_and_logs_do_as_they_say(lab, tmp_path):
     refused = lab.command("check", str(bad))
     assert refused.returncode == 1
     assert "line 2" in refused.stdout
-    assert lab.command("put", str(good)).stdout == "inbox/good.jsonl\n"
+    assert lab.command("put", str(good)).stdout == f"{lab.inbox / 'good.jsonl'}\n"
     lab.wait_trained("good.jsonl")
     assert lab.times_trained("good", 9) == {1: 9}
     assert lab.global_step == target

@@ -6,18 +6,23 @@ The daemon is real, its children are scripted.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from longrun import requests
 from longrun.home import Home
 from longrun.replacing import alone_with_model
 from tests.drills.daemons import SETTINGS, Watched
+from tests.lab import REPOSITORY, numbered
 
 STEPS = 10
 
@@ -32,7 +37,7 @@ def test_who_waits_to_replace_the_model_has_it_when_a_file_ends_however_many_wai
     for name in "abcd":
         lab.drop_rows(name, 8 * STEPS)
     daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
-    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.wait_until(lambda: started(lab))
     with alone_with_model(Home(lab.home), "restore", wait=True, hint=""):
         assert lab.names("trained") == {"a.jsonl"}
         time.sleep(1)
@@ -56,7 +61,7 @@ def test_a_daemon_whose_lock_was_removed_as_stale_keeps_others_out(lab):
 def test_a_log_and_curves_that_are_removed_cost_nothing(lab):
     lab.start(LONGRUN_STEP_S="0.05")
     lab.drop_rows("a", 8 * STEPS)
-    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.wait_until(lambda: started(lab))
     shutil.rmtree((lab.home / "logs").rename(lab.home / "former-logs"))  # in one step: the daemon writes into it
     lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
     lab.wait_until(lambda: "a.jsonl is trained" in lab.log)
@@ -72,7 +77,7 @@ def test_a_drain_takes_what_comes_until_it_leaves(lab, tmp_path, far):
     lab.configure(**SETTINGS | {"inbox.scan_s": 30.0})
     lab.drop_rows("a", 8 * STEPS)
     daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
-    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.wait_until(lambda: started(lab))
     lab.drop_rows("b", 8)
     assert daemon.wait(60) == 0
     lab.check()
@@ -81,7 +86,7 @@ def test_a_drain_takes_what_comes_until_it_leaves(lab, tmp_path, far):
 def test_a_drain_leaves_an_inbox_that_cannot_be_taken_from(lab):
     lab.drop_rows("a", 8 * STEPS)
     daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
-    lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+    lab.wait_until(lambda: started(lab))
     lab.inbox.rmdir()
     lab.inbox.write_text("no folder")
     assert daemon.wait(60) == 1
@@ -122,7 +127,7 @@ def test_a_long_copy_from_a_far_inbox_holds_up_nothing(lab, tmp_path):
             pytest.skip("it is the same file system")
         lab.drop_rows("a", 8 * STEPS)
         daemon = lab.start(LONGRUN_STEP_S="0.1", faults=[{"at": "os:pread", "role": "daemon", "do": "slow", "nth": 0}])
-        lab.wait_until(lambda: any(event["event"] == "started" for event in lab.events))
+        lab.wait_until(lambda: started(lab))
         shutil.rmtree(lab.inbox)
         lab.inbox.symlink_to(far)
         (far / "big.jsonl").write_bytes(b'{"text": "x"}\n' * (1 << 20))  # 56 pieces of 256 kB
@@ -154,3 +159,126 @@ def test_a_model_that_may_not_be_written_to_keeps_files_waiting(lab):
     lab.kill(daemon)
     assert lab.drain() == 0
     lab.check()
+
+
+def started(lab):
+    return any(event["event"] == "started" for event in lab.events)
+
+
+def requested(lab, name, **facts):
+    requests.make(Home(lab.home), name, **facts)
+
+
+# -- what operators ask
+
+
+def test_a_skip_for_a_job_that_is_over_does_not_meet_the_next(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: started(lab))
+    requested(lab, requests.SKIP, job=7)
+    assert daemon.wait(60) == 0
+    lab.check()
+
+
+def test_a_pause_does_not_take_back_a_skip(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    lab.start(LONGRUN_STEP_S="0.3")
+    lab.wait_until(lambda: started(lab))
+    requested(lab, requests.SKIP, job=1)
+    lab.wait_until(lambda: "skip: the training of a.jsonl ends" in lab.log)
+    requested(lab, requests.PAUSE)
+    lab.wait_until(lambda: "a.jsonl" in lab.names("rejected"))
+
+
+def test_train_py_that_was_told_to_leave_says_that_the_file_is_not_trained(lab):
+    file = lab.home / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in numbered("a", 8 * STEPS)))
+    command = [sys.executable, str(REPOSITORY / "train.py"), str(file), "--home", str(lab.home)]
+    by_hand = subprocess.Popen(command, env=lab.environment(LONGRUN_STEP_S="0.1"), stderr=subprocess.DEVNULL)
+    lab.wait_until(lambda: started(lab))
+    by_hand.send_signal(signal.SIGTERM)
+    assert by_hand.wait(60) == 1
+    assert lab.command(str(file), program="train.py").returncode == 0
+    lab.dropped.append(8 * STEPS)
+    lab.check()
+
+
+def test_what_is_kept_for_a_while_goes_and_only_by_when_it_was_put_away(lab):
+    lab.drop_rows("a", 8)
+    assert lab.drain() == 0
+    time.sleep(1)
+    lab.configure(**SETTINGS | {"inbox.keep_days": 0.9 / 86_400})
+    lab.drop_rows("b", 8)
+    os.utime(lab.inbox / "b.jsonl", (0, 0))  # as mv and rsync leave it
+    assert lab.drain() == 0
+    assert lab.names("trained") == {"b.jsonl"}
+
+
+# -- children
+
+
+def test_a_file_that_gets_further_with_each_attempt_is_not_given_up(lab):
+    lab.configure(**SETTINGS | {"worker.max_attempts": 2})
+    lab.drop_rows("a", 8 * 2 * STEPS)
+    kills = [
+        {"at": "longrun.wire:Channel.send", "role": "worker", "do": "kill", "once": f"at-{step}",
+         "about": f"Progress(job=1, global_step={step},"}
+        for step in (5, 9, 13, 17)
+    ]  # fmt: skip
+    assert lab.drain(faults=kills) == 0
+    lab.check()
+
+
+@pytest.mark.parametrize("role", ["worker", "preparer"])
+def test_a_child_that_hangs_before_its_first_word_is_noticed(lab, role):
+    lab.configure(**SETTINGS | {"worker.start_timeout_s": 2.0, "worker.step_timeout_s": 2.0})
+    lab.drop_rows("a", 8)
+    assert lab.drain(faults=[{"at": "longrun.wire:connect", "role": role, "do": "hang", "once": "hang"}]) == 0
+    lab.check()
+
+
+def test_a_preparer_that_hangs_over_a_file_costs_it_an_attempt(lab):
+    lab.configure(**SETTINGS | {"worker.start_timeout_s": 2.0, "worker.step_timeout_s": 2.0})
+    lab.drop_rows("a", 8)
+    assert lab.drain(faults=[{"at": "longrun.examine:examine", "role": "preparer", "do": "hang", "once": "hang"}]) == 0
+    assert "the preparer died over it (no progress for 2 s); attempt 1 failed" in lab.log
+    lab.check()
+
+
+def test_a_preparer_that_cannot_start_is_a_problem_and_no_files_fault(lab):
+    lab.drop_rows("a", 8)
+    kills = [{"at": "longrun.wire:connect", "role": "preparer", "do": "kill", "once": f"kill-{n}"} for n in range(3)]
+    assert lab.drain(faults=kills) == 0
+    assert "paused: worker. the preparer cannot start (SIGKILL" in lab.log
+    lab.check()
+
+
+# -- what is waited with
+
+
+def test_a_waiting_file_that_somebody_deleted_is_over_and_the_next_trains(lab):
+    lab.command("pause")
+    daemon = lab.start()
+    for name in "ab":
+        lab.drop_rows(name, 8)
+    lab.wait_until(lambda: len(lab.names("state/jobs")) == 2 and lab.status["queued"] == 2)
+    (claimed,) = lab.home.glob("state/jobs/*/claimed/a.jsonl")
+    claimed.unlink()
+    lab.command("resume")
+    lab.wait_until(lambda: "b.jsonl" in lab.names("trained"))
+    assert "a.jsonl is rejected: its file is gone from state/jobs/. Fix: drop it again" in lab.log
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(60) == 0
+
+
+def test_a_begun_file_that_would_mean_other_rows_now_is_not_gone_on_with(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    daemon = lab.start(LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "saved" for event in lab.events))
+    lab.kill(daemon)
+    (facts,) = lab.home.glob("state/jobs/*/prepared/facts.json")
+    told = json.loads(facts.read_text())
+    facts.write_text(json.dumps({**told, "trainable_rows": told["trainable_rows"] + 1}))
+    assert lab.drain() == 1
+    assert "it was begun with 80 trainable rows, and prepared again it has 81" in lab.log

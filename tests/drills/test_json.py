@@ -110,7 +110,7 @@ def refusal(path):
 
 MUTATIONS, AT_ONCE = 200_000, 100
 MAX_LINE_BYTES = 5_000
-GROWTH_BYTES = 48 << 20
+GROWTH_BYTES = 64 << 20  # of a packed file 32 MiB can come at once (jsonl._PIECE_BYTES)
 MOST_BYTES = 1 << 20  # of a mutated file
 ROWS = (
     chat("Wie heißt du?", 'Longrun \U0001f600 \\ " \n'),
@@ -198,7 +198,7 @@ def test_an_endless_line_is_refused_in_little_memory(quick, packed):
     opened = {"": open, ".gz": gzip.open, ".zst": zstandard.open}[packed]
     with opened(path, "wb") as file:
         file.write(b'{"text": "')
-        for _ in range(1024 if FULL else 64):
+        for _ in range(1024 if FULL else 160):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n')
     before = forget_peak()

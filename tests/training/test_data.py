@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
 from longrun.home import ROWS
-from longrun.training import prepare
-from longrun.training.data import NO_ROW, Collator, PlannedRows, filled_up
+from longrun.training import data, prepare
+from longrun.training.data import NO_ROW, Collator, DamagedRows, PlannedRows, filled_up
 from longrun.training.run import Options
 
 
@@ -18,6 +21,22 @@ def lengths(tmp_path):
     rows = ([int(at)] * int(length) for at, length in enumerate(lengths))
     prepare._write(tmp_path / ROWS, ((row, row, at) for at, row in enumerate(rows)))
     return lengths
+
+
+def test_a_last_step_is_filled_up_with_rows_that_train_nothing(tmp_path, lengths):
+    order = filled_up(np.arange(10, 21), 4)
+    assert order.tolist() == [*range(10, 21), NO_ROW]
+    assert set(PlannedRows(tmp_path, order)[11]["labels"].tolist()) == {-100}
+
+
+@pytest.mark.parametrize(("number", "is_theirs"), [(errno.EMFILE, False), (errno.EIO, True)])
+def test_rows_that_cannot_be_read_are_damaged_unless_no_file_can_be(tmp_path, lengths, monkeypatch, number, is_theirs):
+    def refused(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(data.Arrow, "from_file", refused)
+    with pytest.raises(DamagedRows if is_theirs else OSError):
+        PlannedRows(tmp_path, np.arange(3))
 
 
 def test_sorted_steps_train_the_same_rows_and_pad_less(tmp_path, lengths):

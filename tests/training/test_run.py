@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from longrun import disk, wire
@@ -339,6 +343,70 @@ def test_a_stop_ends_the_run_at_a_step_boundary_in_a_checkpoint(workshop):
     assert workshop.times_trained(0, 9, 100) == {1: 100}
 
 
+def test_a_skip_that_comes_with_a_pause_is_the_one_that_counts(workshop):
+    job, facts = workshop.prepare("a", 100)
+    for why in ("pause", "skip"):
+        workshop.channel.send(wire.Stop(why=why))
+    assert workshop.train(job, facts).stopped == "skip"
+
+
+@pytest.mark.parametrize(
+    ("save_s", "waited_s", "due"),
+    [(None, 59, False), (None, 61, True), (1.0, 61, True), (2.0, 99, False), (2.0, 101, True), (99.0, 1799, False),
+     (99.0, 1801, True)],
+)  # fmt: skip
+def test_by_default_checkpoints_take_two_percent_of_the_time_and_a_kill_half_an_hour_at_most(
+    monkeypatch, save_s, waited_s, due
+):
+    session = SimpleNamespace(
+        _task=SimpleNamespace(save_steps=0), _trainer=SimpleNamespace(save_s=save_s), _saved=1000.0
+    )
+    monkeypatch.setattr(run.time, "monotonic", lambda: 1000.0 + waited_s)
+    assert run.Session._is_time_to_save(session, 7) is due
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # gradient_checkpointing gets another name in transformers 6
+def test_a_worker_trains_with_the_options_that_it_was_started_with(workshop):
+    options = replace(workshop.runner._options, dtype="bfloat16", attn_implementation="eager", optim="sgd",
+                      gradient_checkpointing=True)  # fmt: skip
+    workshop.runner = run.Runner(workshop.home, options, workshop.runner._channel)
+    workshop.train_file("a", 24)
+    model = workshop.runner._trainer.model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert model.is_gradient_checkpointing
+    assert type(workshop.runner._trainer.optimizer.optimizer) is torch.optim.SGD
+    assert workshop.newest.lineage.optim == "sgd"
+
+
+def test_losses_that_are_logged_are_means_since_the_last_time(workshop):
+    workshop.train_file("a", 100)
+    lines = [json.loads(line) for line in (workshop.home.logs / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["global_step"]: line["loss"] for line in lines if "loss" in line}
+    steps = [0, *sorted(logged)]
+    total = sum(logged[after] * (after - before) for before, after in itertools.pairwise(steps))
+    (record,) = workshop.newest.lineage.files
+    assert steps == [0, 1, 5, 9]
+    assert total == pytest.approx(record.mean_loss * 9)
+
+
+def test_room_is_asked_for_all_that_a_checkpoint_takes(workshop):
+    workshop.train_file("a", 12)
+    trainer = workshop.runner._trainer
+    need = run.Session._need_bytes(SimpleNamespace(_trainer=trainer)) - run.ROOM_MARGIN_BYTES
+    written = sum((workshop.newest.path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert 0.9 * written < need < 1.1 * written
+
+
+def test_every_number_of_the_recipe_reaches_the_optimizer(workshop):
+    workshop.train_file("a", 12)
+    workshop.with_recipe(learning_rate=2e-3, adam_beta1=0.8, adam_beta2=0.99, adam_epsilon=1e-6, weight_decay=0.1)
+    workshop.train_file("b", 12)
+    groups = workshop.runner._trainer.optimizer.param_groups
+    assert {(group["lr"], group["betas"], group["eps"]) for group in groups} == {(2e-3, (0.8, 0.99), 1e-6)}
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+
+
 def test_a_skipped_file_tells_which_rows_were_trained(workshop):
     job, facts = workshop.prepare("a", 100)
     workshop.channel.send(wire.Stop(why="skip"))
@@ -397,6 +465,20 @@ def test_a_step_is_the_same_in_parts_whatever_a_model_says_of_its_loss(make_work
     modest.train_file("a", 24)
     wanted, found = told.state(), modest.state()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def test_what_torch_and_safetensors_say_of_a_refused_write_is_no_fault_of_a_file(tmp_path):
+    said = []
+    for write in (
+        lambda: torch.save({}, tmp_path / "absent" / "x.pt"),
+        lambda: save_file({"w": torch.zeros(1)}, tmp_path / "absent" / "x.safetensors"),
+        lambda: torch.save({"w": torch.zeros(1 << 20)}, "/dev/full"),
+    ):
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as refused:
+            write()
+        said.append(refused.value)
+    assert [run._tells_of_a_file(error) or isinstance(error, OSError) for error in said] == [True] * 3
+    assert not run._tells_of_a_file(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 def test_processes_do_not_share_the_steps_of_a_model_whose_loss_does_not_add_up(workshop, monkeypatch):

@@ -53,6 +53,7 @@ def test_a_crash_between_reason_and_file_leaves_no_second_reason(home: Home, mon
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(archive.disk, "rename", interrupt)
         archive.put_away(home, refused)
+    assert sorted(content_of(home.rejected)) == ["x.jsonl.reason.json"], "no file is there without its reason"
     archive.put_away(home, refused)
     assert sorted(content_of(home.rejected)) == ["x.jsonl", "x.jsonl.reason.json"]
 

@@ -73,6 +73,16 @@ def test_more_rows_are_tried_again_after_a_day(context: Any, monkeypatch: pytest
     assert fitting.rows_at_once(context, 8) == 8
 
 
+def test_what_was_learnt_of_one_batch_stays_when_another_teaches_and_one_row_teaches_nothing(context: Any) -> None:
+    told: list[str] = []
+    context.say = lambda event, *_, **__: told.append(event)
+    fitting.make_smaller(context, 8, tried=8, attempts=1)
+    fitting.make_smaller(context, 6, tried=6, attempts=1)
+    assert [fitting.rows_at_once(context, size) for size in (8, 6)] == [4, 3]
+    fitting.make_smaller(context, 6, tried=1, attempts=1)
+    assert told == ["smaller batches", "smaller batches"]
+
+
 def test_processes_that_cannot_share_a_step_evenly_are_told(context: Any) -> None:
     change(context, "worker", processes=4)
     assert fitting.rows_at_once(context, 8) == 2

@@ -127,6 +127,13 @@ def test_a_backup_is_due_when_the_last_is_old(told: Told) -> None:
         assert backups.is_due(newest()) is due
 
 
+def test_an_unchanged_model_is_not_backed_up_again_however_old_the_last_one_is(told: Told) -> None:
+    told.settings = Settings(backup=BackupSettings(after_hours=2.0))
+    fact = {"at": time.time() - 1e6, "digest": newest().digest, "lineage": "one", "files": 1}
+    told.ledger.set_fact(scheduled.FACT, json.dumps(fact))
+    assert not Scheduled(told).is_due(newest())  # type: ignore[arg-type]
+
+
 def test_nothing_begins_while_a_file_is_trained(told: Told) -> None:
     backups = Scheduled(told)  # type: ignore[arg-type]
     backups.tick(time.monotonic(), newest(), between_files=False)
