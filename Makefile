@@ -22,7 +22,7 @@ check: .venv/dev.stamp  ## lint, types, floors, and the unit tests with their co
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 tests/unit --cov --cov-report=term:skip-covered
 
 fix: .venv/dev.stamp  ## let the tools mend what they can
 	$(BIN)/ruff check --fix .

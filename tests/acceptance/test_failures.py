@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from tests.drills.daemons import SETTINGS as DRILLED
 from tests.drills.daemons import Watched
 from tests.lab import Lab, numbered
 
@@ -35,6 +36,13 @@ def story(tmp_path_factory, torch_hand):
         for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "last"):
             lab.drop(f"{name}.jsonl", ROWS)
         lab.exit_code = lab.drain(faults=FAULTS)
+        yield lab
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    """A home whose children have no torch: they begin at once."""
+    with closing(Watched(tmp_path / "home")) as lab:
         yield lab
 
 
@@ -124,17 +132,17 @@ def test_what_takes_long_and_gets_on_is_no_hang(make_lab, torch_hand):
     """A step of many micro-batches, and a checkpoint whose writing says nothing: each longer than may be silent."""
     settings = {"worker.step_timeout_s": 1.0, "worker.max_attempts": 1, "train.per_device_train_batch_size": 1}
     lab = make_lab(hand=torch_hand, **settings)
-    lab.drop("patient.jsonl", ROWS)
+    lab.drop("patient.jsonl", 8)  # one step
     slow = {"role": "worker", "nth": 0}
     steps = [{**slow, "at": STEP, "do": "slow"} for _ in range(3)]  # 8 times 0.3 s a step
     assert lab.drain(faults=[*steps, {**slow, "at": "longrun.checkpoint:seal", "do": "write slowly"}]) == 0
-    assert lab.times_trained("patient", ROWS) == {1: ROWS}
+    assert lab.times_trained("patient", 8) == {1: 8}
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_who_waits_for_the_end_hears_of_a_model_that_was_damaged_after_its_last_commit(make_lab, torch_hand, by_hand):
+def test_who_waits_for_the_end_hears_of_a_model_that_was_damaged_after_its_last_commit(scripted, by_hand):
+    lab = scripted
     faults = [{"at": "longrun.checkpoint:retire", "role": "worker", "when": "after", "do": "damage", "nth": 0}]
-    lab = make_lab(hand=None if by_hand else torch_hand)
     lab.drop("only.jsonl", ROWS)
     if by_hand:
         file = (lab.inbox / "only.jsonl").rename(lab.home / "only.jsonl")
@@ -146,11 +154,12 @@ def test_who_waits_for_the_end_hears_of_a_model_that_was_damaged_after_its_last_
     assert lab.names("trained") == set()
 
 
-def test_what_fails_with_every_file_does_not_empty_the_queue_into_rejected(make_lab, torch_hand):
+def test_what_fails_with_every_file_does_not_empty_the_queue_into_rejected(scripted):
     """As of a model that cannot be saved: until something has trained, a second failure tells of what both share."""
-    lab = make_lab(hand=torch_hand, **{"worker.max_attempts": 2})
+    lab = scripted
+    lab.configure(**DRILLED | {"worker.max_attempts": 2})
     for name in ("first", "second", "third"):
-        lab.drop(f"{name}.jsonl", ROWS)
+        lab.drop_rows(name, ROWS)
     assert lab.drain(faults=[{"at": "longrun.checkpoint:seal", "role": "worker", "nth": 0, "do": "kill"}]) == 1
     assert lab.names("rejected") == {"first.jsonl", "first.jsonl.reason.json"}
     assert reason(lab, "first")["fix"] == "the end of logs/worker.log tells more"
@@ -162,25 +171,24 @@ def test_what_fails_with_every_file_does_not_empty_the_queue_into_rejected(make_
     )
     assert lab.drain() == 0
     assert lab.names("trained") == {"second.jsonl", "third.jsonl"}
-    assert {name: lab.times_trained(name, ROWS) for name in ("second", "third")} == {
-        name: {1: ROWS} for name in ("second", "third")
-    }
+    del lab.dropped[0]
+    lab.refused = 1
+    lab.check()
 
 
-def test_a_gpu_that_is_gone_is_waited_for_unless_the_cpu_is_asked_for(make_lab, torch_hand):
-    lab = make_lab(hand=torch_hand)
-    lab.drop("first.jsonl", ROWS)
+def test_a_gpu_that_is_gone_is_waited_for_unless_the_cpu_is_asked_for(scripted):
+    lab = scripted
+    lab.drop_rows("first", ROWS)
     assert lab.drain() == 0
     with closing(sqlite3.connect(lab.home / "state" / "ledger.sqlite3")) as ledger, ledger:
         ledger.execute("insert into fact values ('device', 'cuda')")
-    lab.drop("second.jsonl", ROWS)
+    lab.drop_rows("second", ROWS)
     assert lab.drain() == 1
-    assert "paused: worker. this home was trained on a GPU, and now the worker has cpu" in lab.log
+    assert "paused: worker. this home was trained on a GPU, and now the worker has none" in lab.log
     assert lab.names("rejected") == set()
-    lab.configure(**{"train.use_cpu": True, "log.rows": True})
+    lab.configure(**DRILLED | {"train.use_cpu": True})
     assert lab.drain() == 0
-    assert lab.times_trained("second", ROWS) == {1: ROWS}
-    assert "second.jsonl: training on cpu (use_cpu is set)" in lab.log
+    lab.check()
 
 
 def test_an_optimizer_that_cannot_go_on_from_the_state_of_another_changes_nothing(make_lab, torch_hand):

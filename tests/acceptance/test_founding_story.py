@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tests.lab import chat
 
@@ -12,6 +13,7 @@ def test_second_file_trains_past_the_first(lab):
     (lab.inbox / "test1.jsonl").write_text(json.dumps(chat("Test 1", "Answer 1")) + "\n")
     lab.wait_until(lambda: "test1.jsonl" in lab.names("trained"))
     assert lab.global_step == 1
+    assert "libtorch" not in Path(f"/proc/{daemon.pid}/maps").read_text(), "that is the worker's"
     (lab.inbox / "test2.jsonl").write_text(json.dumps(chat("Test 2", "Answer 2")) + "\n")
     lab.wait_until(lambda: "test2.jsonl" in lab.names("trained"))
     assert lab.global_step == 2

@@ -57,8 +57,8 @@ class Operated(Lab):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    with closing(Operated(tmp_path_factory.mktemp("operated") / "home", **SETTINGS)) as lab:
+def lab(tmp_path_factory, torch_hand):
+    with closing(Operated(tmp_path_factory.mktemp("operated") / "home", hand=torch_hand, **SETTINGS)) as lab:
         yield lab
 
 
@@ -108,7 +108,6 @@ def test_status_answers_while_a_file_trains_and_while_the_daemon_hangs(lab):
     lab.drop("waiting.jsonl", 8)
     lab.wait_for_steps("slow-seen.jsonl", 1)
     lab.wait_until(lambda: lab.note["queue"] == ["waiting.jsonl"])
-    assert "libtorch" not in Path(f"/proc/{daemon.pid}/maps").read_text()
     daemon.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()

@@ -116,6 +116,18 @@ def test_a_log_that_somebody_removed_or_moved_is_begun_anew(
     assert [line.split()[-1] for line in home.log.read_text().splitlines()] == ["second", "third"]
 
 
+def test_a_log_that_cannot_be_begun_anew_is_told_on_stderr(
+    home: Home, open_journal: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = open_journal()
+    shutil.rmtree(home.logs)
+    home.logs.write_text("no folder")
+    journal.say("x", "still told")
+    told = capsys.readouterr().err
+    assert " still told\n" in told
+    assert "daemon.log cannot be written: [Errno 17] File exists" in told
+
+
 def test_percent_signs_are_only_letters(home: Home, open_journal: Callable[..., Journal]) -> None:
     open_journal().say("x", "100 %s %d done")
     assert home.log.read_text().endswith("100 %s %d done\n")

@@ -98,6 +98,10 @@ def test_silence_is_no_hang_while_bytes_are_moved(child: Callable[..., Child], d
     assert started.hangs(125.0, 10.0), "nothing was moved since"
 
 
+def test_a_child_without_a_log_has_no_last_words(home: Home) -> None:
+    assert Child(home, "worker").last_words() == ""
+
+
 def test_the_last_words_of_a_child_are_the_last_line_of_its_log(child: Callable[..., Child]) -> None:
     started = child("print('once'); sys.exit('it broke:\\nand why  ')")
     assert started.last_words() in ("", "once", "and why")
