@@ -11,6 +11,7 @@ it stopped. Refuses while a daemon holds the home: drop the file into inbox/ ins
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _was_child(args: argparse.Namespace, home: Home) -> bool:
         if args.check_base:
             base_model.check(args.check_base)
         else:
-            print(base_model.find_device())
+            print(base_model.find_device(**json.loads(args.options)))
     else:
         return False
     return True

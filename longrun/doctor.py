@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
     return f"{home.settings.name}: {', '.join(given) or 'all defaults'}"
 
 
+def _settings(home: Home, flags: dict[str, Any]) -> config.Settings:
+    """Those in force, or the defaults where they are wrong, which is told by itself."""
+    try:
+        return config.load(home.settings, flags=flags)
+    except BadConfig:
+        return config.Settings()
+
+
 def _look_at_home(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     from longrun.compose import check_one_file_system
 
@@ -62,10 +71,7 @@ def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
 def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:
     from longrun.inbox import has_writer
 
-    try:
-        inbox = config.load(home.settings, flags=flags).inbox
-    except BadConfig:  # told by itself
-        inbox = config.InboxSettings()
+    inbox = _settings(home, flags).inbox
 
     probe = home.inbox / ".doctor.probe"
     with probe.open("wb"):
@@ -89,8 +95,10 @@ def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     return ", ".join(found)
 
 
-def _look_at_device(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
-    command = [sys.executable, str(PROGRAM), "--device"]
+def _look_at_device(home: Home, flags: dict[str, Any]) -> str:
+    settings = _settings(home, flags)
+    options = {"dtype": settings.model.dtype, "use_cpu": settings.train.use_cpu}
+    command = [sys.executable, str(PROGRAM), "--device", "--options", json.dumps(options)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if answer.returncode:
         raise LongrunError((answer.stderr.strip().splitlines() or ["torch cannot be started"])[-1])

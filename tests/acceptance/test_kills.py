@@ -59,8 +59,8 @@ def settings(dropout_model):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, settings):
-    with closing(Lab(tmp_path_factory.mktemp("unbroken") / "home", **settings)) as lab:
+def unbroken(tmp_path_factory, torch_hand, settings):
+    with closing(Lab(tmp_path_factory.mktemp("unbroken") / "home", hand=torch_hand, **settings)) as lab:
         for name, rows in FILES.items():
             lab.drop(f"{name}.jsonl", rows)
         assert lab.drain() == 0

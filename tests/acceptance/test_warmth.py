@@ -14,10 +14,10 @@ RECIPE = {"train.learning_rate": 1e-3, "train.batch_size": 4, "train.num_train_e
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory, dropout_model):
+def warm(tmp_path_factory, torch_hand, dropout_model):
     """Three files through one worker, which is then left idle. Steps are slow enough to prepare a file beside them."""
     settings = {"base_model": dropout_model, **RECIPE, "worker.idle_release_minutes": 2 / 60}
-    with closing(Lab(tmp_path_factory.mktemp("warm") / "home", **settings)) as lab:
+    with closing(Lab(tmp_path_factory.mktemp("warm") / "home", hand=torch_hand, **settings)) as lab:
         live_through(lab)
         return lab
 

@@ -45,6 +45,11 @@ def test_the_doctor_finds_what_is_wrong(
     assert "open writers cannot be seen" in told
 
 
+def test_the_doctor_asks_for_the_device_that_the_settings_mean(home: Home) -> None:
+    home.settings.write_text("[train]\nuse_cpu = true")
+    assert doctor._look_at_device(home, {}) == "cpu (use_cpu is set)"
+
+
 def fail_to_find(name: str) -> str:
     import importlib.metadata
 
