@@ -9,6 +9,7 @@ first two; the time that a way was stopped is left out.
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -29,14 +31,26 @@ from bench.workload import make_base, numbered
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 DAEMON, PLAIN, COLD = "the daemon", "one plain Trainer over all rows", "a cold process for each file"
 CALIBRATING_STEPS = 20
-# A file's time in the daemon, from plan to plan; settling, examining and preparing are done while another one trains.
-PARTS = (
+PARTS_FILE = "parts.jsonl"
+# A file's time in the daemon, from plan to plan.
+STRETCHES = (
     "planned, to the worker's start on it",
-    "trained and evaluated",
-    "checkpoint: written, hashed, synced, published",
-    "booked and put away",
+    "steps",
+    "evaluated",
+    "checkpoint: written",
+    "checkpoint: hashed",
+    "checkpoint: synced",
+    "checkpoint: published",
+    "checkpoint: old ones removed",
+    "checkpoint: weights checked, and the rest",
+    "booked, put away into trained/",
     "to the next plan",
 )
+# Done while another file trains.
+BESIDE = {
+    "examined": "examined, meanwhile",
+    "prepared": "prepared: rendered, tokenised, masked, written; meanwhile",
+}
 
 
 # -- what is trained
@@ -61,7 +75,7 @@ class Load:
         files = [self.folder / f"{name}.jsonl" for name in self.names]
         settings = f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
         fill(home, files, f"{settings}save_steps = {self.steps}\n")
-        return Way([(draining(home, home / "base"), home)])
+        return Way([(["env", f"BENCH_PARTS={home / PARTS_FILE}", *draining(home, home / "base")], home)])
 
     def plain(self, home: Path) -> Way:
         return Way([(self._recipe("plain", self.folder / "all.jsonl", home), home)])
@@ -103,19 +117,46 @@ def seconds_a_step(base: Path, folder: Path) -> float:
 # -- the report
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A part of a file's way, as bench/probe has timed it."""
+
+    way: Way
+    pid: int
+    time: float  # when it ended, in seconds since the epoch
+    part: str
+    seconds: float
+
+    @property
+    def ran_s(self) -> float:
+        """Without the time that the way was stopped."""
+        return self.way.wall_s_until(self.time) - self.way.wall_s_until(self.time - self.seconds)
+
+
 def parts_of(home: Path, way: Way) -> dict[str, list[float]]:
     """Seconds of each part of each file; the first file, which warms up, and the last are left out."""
     told = lines_of(home / "state" / "events.jsonl")
+    timed = [Timed(way, **line) for line in lines_of(home / PARTS_FILE)]
+    worker = next(one.pid for one in timed if one.part == "written")
     jobs = [event["job"] for event in told if event["event"] == "planned"]
     when = {(event.get("job"), event["event"]): at(event) for event in told}  # the last one counts
     when |= {(event["job"], "saving"): at(event) - event["seconds"] for event in told if event["event"] == "saved"}
-    found: dict[str, list[float]] = {part: [] for part in PARTS}
+    found: dict[str, list[float]] = {stretch: [] for stretch in STRETCHES}
     for job, after in itertools.pairwise(jobs[1:]):
         moments = [when[job, name] for name in ("planned", "started", "saving", "saved", "trained")]
         ran = [way.wall_s_until(moment) for moment in (*moments, when[after, "planned"])]
-        for part, (began, ended) in zip(PARTS, itertools.pairwise(ran), strict=True):
-            found[part].append(ended - began)
-    return found
+        to_start, trained, saved, booked, to_next = (ended - began for began, ended in itertools.pairwise(ran))
+        inner: collections.Counter[str] = collections.Counter()
+        for one in timed:
+            if one.pid == worker and moments[0] <= one.time < when[after, "planned"]:
+                inner[one.part] += one.ran_s
+        of_saving = [inner["written"], inner["hashed"], inner["sealed"] - inner["hashed"], inner["published"],
+                     inner["old ones removed"]]  # fmt: skip
+        of_training = [trained - inner["evaluated"], inner["evaluated"]]
+        seconds = [to_start, *of_training, *of_saving, saved - sum(of_saving), booked, to_next]
+        for stretch, value in zip(STRETCHES, seconds, strict=True):
+            found[stretch].append(value)
+    return found | {words: [one.ran_s for one in timed if one.part == part][1:] for part, words in BESIDE.items()}
 
 
 def at(event: dict[str, str]) -> float:
@@ -143,6 +184,8 @@ def report(what: str, rounds: list[dict[str, Way]], parts: dict[str, list[float]
 At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
 
 {results.table(("way", "wall, s", "time / plain"), rows)}
+
+All files lie in the inbox when the daemon starts, so the second in which they settle is waited for once.
 
 {results.table(("a file in the daemon, last round", "s"), of_parts)}
 """

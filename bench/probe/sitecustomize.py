@@ -6,7 +6,8 @@
     BENCH_RUN=NAME         what the global step counts in: one number line for each output folder
     BENCH_KILL=NAME:N      once: SIGKILL in the Nth step with rows of the file NAME, of the process and, if it is
                            Longrun's worker, of its daemon
-    BENCH_PARTS=FILE       append {"pid", "time", "part", "seconds"} for each part of saving a checkpoint, when it ends
+    BENCH_PARTS=FILE       append {"pid", "time", "part", "seconds"} for each part of a file's way that is in PARTS,
+                           when it ends
 
 Rows carry their name in their text, "Row c-0032.", so that whatever tokenises, shuffles, pads or packs them, what
 reaches the model tells which they are.
@@ -115,6 +116,9 @@ FORWARDS = [
     ("transformers.trainer", "Trainer.training_step", noted),
 ]
 PARTS = [
+    ("longrun.examine", "examine", timed("examined")),
+    ("longrun.training.prepare", "prepare", timed("prepared")),
+    ("longrun.training.run", "Session._evaluate", timed("evaluated")),
     ("transformers.trainer", "Trainer._save_checkpoint", timed("written")),
     ("longrun.checkpoint", "seal", timed("sealed")),
     ("longrun.disk", "hash_file", timed("hashed")),
