@@ -8,6 +8,7 @@ has trained once is trusted; until then, the second file that would be given up 
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,13 @@ def _tried(context: Context) -> dict[str, str]:
 
 
 def _situation(context: Context, batch_size: int) -> str:
-    versions = [f"{library} {_version(library)}" for library in LIBRARIES]
-    return f"{fitting.situation(context, batch_size)}, {', '.join(versions)}"
+    return f"{fitting.situation(context, batch_size)}, {_libraries()}"
+
+
+@cache
+def _libraries() -> str:
+    """Which versions are installed; looked up once, because it is asked for after each checkpoint."""
+    return ", ".join(f"{library} {_version(library)}" for library in LIBRARIES)
 
 
 def _version(library: str) -> str:

@@ -46,7 +46,7 @@ def test_what_has_trained_is_trusted_with_the_same_settings_and_libraries_only(
     if changed == "settings":
         context.settings = replace(context.settings, train=replace(context.settings.train, optim="sgd"))
     if changed == "libraries":
-        monkeypatch.setattr(blame, "version", lambda _: "99")
+        monkeypatch.setattr(blame, "_libraries", lambda: "torch 99")
     batch_size = 16 if changed == "batch size" else 8
     blame.alike(context, batch_size, "first.jsonl")
     assert blame.alike(context, batch_size, "second.jsonl") == "first.jsonl"
