@@ -85,7 +85,7 @@ class Inbox:
     def scan(self, now: float) -> list[str]:
         """Look at every entry; the names that have settled, oldest first.
 
-        OSError that names the inbox when there are some, and it does not let go of them.
+        OSError when there are some, and the inbox does not let go of them.
         """
         self._home.inbox.mkdir(exist_ok=True)
         self._scanned_at = now
@@ -134,12 +134,16 @@ class Inbox:
         return {entry.name: _signature(found)} if stat.S_ISREG(found.st_mode) else {}
 
     def _check_lets_go(self) -> None:
-        """Files cannot be moved out of a folder that may not be written: each would find that out, copied or not."""
+        """Files cannot be moved out of a folder that may not be written: each would find that out, copied or not.
+
+        OSError that names the inbox, or the home where all of that is read-only: then it is no matter of the inbox.
+        """
         inbox = self._home.inbox
-        if not os.access(inbox, os.W_OK | os.X_OK):
-            read_only = os.statvfs(inbox).f_flag & os.ST_RDONLY
-            number = errno.EROFS if read_only else errno.EACCES
-            raise OSError(number, os.strerror(number), os.fspath(inbox))
+        if os.access(inbox, os.W_OK | os.X_OK):
+            return
+        read_only = [place for place in (self._home.root, inbox) if os.statvfs(place).f_flag & os.ST_RDONLY]
+        number, place = (errno.EROFS, read_only[0]) if read_only else (errno.EACCES, inbox)
+        raise OSError(number, os.strerror(number), os.fspath(place))
 
     def _leave(self, name: str, why: str, fix: str) -> bool:
         if name not in self._told:

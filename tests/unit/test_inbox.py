@@ -650,18 +650,21 @@ def test_files_that_may_not_be_read_keep_no_other_waiting(
     assert len(told) == 5, "each is told once"
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_an_inbox_that_lets_go_of_nothing_is_told_before_anything_is_copied(
-    home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize(
+    ("read_only", "number", "to_blame"),
+    [((), errno.EACCES, "inbox"), (("inbox",), errno.EROFS, "inbox"), (("", "inbox"), errno.EROFS, "")],
+)
+def test_what_lets_go_of_no_file_is_told_before_anything_is_copied(
+    home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch, read_only: tuple[str, ...], number: int, to_blame: str
 ) -> None:
     drop(home, "x.jsonl")
-    flags = os.ST_RDONLY if number == errno.EROFS else 0
+    such = [home.root / place for place in read_only]
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY if path in such else 0))
     box.scan(0.0)
     with pytest.raises(OSError, match=os.strerror(number)) as caught:
         box.scan(1000.0)
-    assert caught.value.filename == str(home.inbox)
+    assert caught.value.filename == str(home.root / to_blame)
 
 
 def test_a_full_disk_is_told_and_takes_nothing(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
