@@ -47,6 +47,7 @@ class Calls:
             setattr(os, name, self.wrapped(name, getattr(os, name)))
         fcntl.ioctl = self.wrapped("ioctl", fcntl.ioctl)  # type: ignore[assignment]
         io.open = self.opening(io.open)  # type: ignore[assignment]
+        ctypes.CDLL = functools.partial(_library, self, ctypes.CDLL)  # type: ignore[assignment,misc]
 
     def wrapped(self, name: str, function: Any) -> Any:
         @functools.wraps(function)
@@ -108,23 +109,19 @@ class Faults(Calls):
                 return
             raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
-    def install(self) -> None:
-        super().install()
-        ctypes.CDLL = functools.partial(_library, self, ctypes.CDLL)  # type: ignore[assignment,misc]
 
-
-def _library(faults: Faults, load: Any, *arguments: Any, **options: Any) -> Any:
-    """The C library with its renameat2 counted."""
+def _library(calls: Calls, load: Any, *arguments: Any, **options: Any) -> Any:
+    """The C library with its renameat2 led through `around`: it tells of errors by numbers."""
     library = load(*arguments, **options)
     rename = library.renameat2
 
     def renameat2(*names: Any) -> Any:
+        old, new, flag = names[1], names[3], names[4]
         try:
-            faults.reached("renameat2", *map(os.fsdecode, names[1:4:2]))
+            return calls.around("renameat2", (os.fsdecode(old), os.fsdecode(new), flag), {}, lambda: rename(*names))
         except OSError as error:
             ctypes.set_errno(error.errno or 0)
             return -1
-        return rename(*names)
 
     library.renameat2 = renameat2
     return library

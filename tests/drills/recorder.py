@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 FICLONE = 0x40049409
+RENAME_EXCHANGE = 2
 DISK = os.sep + os.path.join("longrun", "disk.py")  # noqa: PTH118 - a part of a path
 
 
@@ -85,17 +86,24 @@ class Recorder(Calls):
     # -- names
 
     def _named(self, path: Any, folder: int | None, kind: str = "", extra: Any = None) -> None:
-        there = os.stat(path, dir_fd=folder, follow_symlinks=False)
-        self.say("name", [[*place(path, folder), there.st_ino]], kind, extra)
+        self.say("name", [[*place(path, folder), inode_of_name(path, folder)]], kind, extra)
 
     def on_rename(self, call: Any, source: Any, target: Any, *, src_dir_fd: Any = None, dst_dir_fd: Any = None) -> None:
         old = place(source, src_dir_fd)
         call()
         new = place(target, dst_dir_fd)
-        inode = os.stat(target, dir_fd=dst_dir_fd, follow_symlinks=False).st_ino
-        self.say("name", [[*old, 0], [*new, inode]], "", None)
+        self.say("name", [[*old, 0], [*new, inode_of_name(target, dst_dir_fd)]], "", None)
 
     on_replace = on_rename
+
+    def on_renameat2(self, call: Any, source: Any, target: Any, flag: int) -> int:
+        """One name that replaces none, or two that change places."""
+        old, new = place(source, None), place(target, None)
+        failed: int = call()
+        if not failed:
+            left = inode_of_name(source) if flag == RENAME_EXCHANGE else 0
+            self.say("name", [[*old, left], [*new, inode_of_name(target)]], "", None)
+        return failed
 
     def on_link(self, call: Any, source: Any, target: Any, **options: Any) -> None:
         call()
@@ -197,6 +205,11 @@ class Recorder(Calls):
 
 def inode_of(file: Any) -> int:
     return (os.fstat(file) if isinstance(file, int) else Path(file).stat()).st_ino
+
+
+def inode_of_name(path: Any, folder: int | None = None) -> int:
+    """Of a link itself, not of what it leads to."""
+    return os.stat(path, dir_fd=folder, follow_symlinks=False).st_ino
 
 
 def place(path: Any, folder: int | None) -> tuple[int, str]:
