@@ -1,8 +1,9 @@
 """Whose fault it is that a file cannot be trained: its own, or that of what it is trained with.
 
 A file that crashes, hangs or fits no memory is given up, so that the next one trains. But a model that cannot be
-saved, or a GPU that is too small, fails with every file, and a whole queue would be given up, one after another. What
-has trained once is trusted; until then, the second file that would be given up waits for a person.
+saved, a GPU that is too small or a tokenizer that crashes fails with every file, and a whole queue would be given up,
+one after another. What has worked once is trusted; until then, the second file that would be given up waits for a
+person.
 """
 
 from __future__ import annotations
@@ -17,34 +18,40 @@ from longrun import fitting
 if TYPE_CHECKING:
     from longrun.context import Context
 
-TRIED = "what was trained with"  # the ledger's fact: {situation: the file that was given up in it, or TRAINED}
-TRAINED = ""
-LIBRARIES = ("torch", "transformers", "accelerate")
+TRIED = "what was trained with"  # the ledger's fact: {situation: the file that was given up in it, or WORKED}
+WORKED = ""
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
-def note_trained(context: Context, batch_size: int) -> None:
-    """A checkpoint was committed: whatever fails from now on is a file's."""
-    tried, here = _tried(context), _situation(context, batch_size)
-    if tried.get(here) != TRAINED:
-        context.ledger.set_fact(TRIED, json.dumps(tried | {here: TRAINED}))
+def note_works(context: Context, situation: str) -> None:
+    """A file got through: whatever fails in this situation from now on is a file's."""
+    tried = _tried(context)
+    if tried.get(situation) != WORKED:
+        context.ledger.set_fact(TRIED, json.dumps(tried | {situation: WORKED}))
 
 
-def alike(context: Context, batch_size: int, name: str) -> str | None:
-    """Another file that was given up before, if nothing has ever been trained so; None: this one is at fault."""
-    tried, here = _tried(context), _situation(context, batch_size)
-    if here not in tried:
-        context.ledger.set_fact(TRIED, json.dumps(tried | {here: name}))
-    other = tried.get(here, TRAINED)
-    return None if other in (TRAINED, name) else other
+def alike(context: Context, situation: str, name: str) -> str | None:
+    """Another file that was given up before, if nothing ever worked so; None: this one is at fault."""
+    tried = _tried(context)
+    if situation not in tried:
+        context.ledger.set_fact(TRIED, json.dumps(tried | {situation: name}))
+    other = tried.get(situation, WORKED)
+    return None if other in (WORKED, name) else other
+
+
+def training(context: Context, batch_size: int) -> str:
+    """What a file is trained with, in words: its situation."""
+    return f"{fitting.situation(context, batch_size)}, {_libraries()}"
+
+
+def preparing(context: Context) -> str:
+    """What a file is examined and made tokens of with, in words: its situation."""
+    return f"preparing for {context.settings.model.base_model}, {_libraries()}"
 
 
 def _tried(context: Context) -> dict[str, str]:
     tried: dict[str, str] = json.loads(context.ledger.fact(TRIED) or "{}")
     return tried
-
-
-def _situation(context: Context, batch_size: int) -> str:
-    return f"{fitting.situation(context, batch_size)}, {_libraries()}"
 
 
 @cache

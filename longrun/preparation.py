@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, disk, wire
+from longrun import archive, blame, disk, wire
 from longrun.config import unpinned
 from longrun.errors import CannotTrain
 from longrun.home import FACTS
@@ -148,7 +148,8 @@ class Preparation:
         if isinstance(message, wire.Examined | wire.Prepared | wire.Refused | wire.Failed):
             job, self._busy_with = self._context.ledger.get(message.job), None
             assert job is not None
-            self._deaths = 0 if not isinstance(message, wire.Failed) else self._deaths
+            if not isinstance(message, wire.Failed):
+                self._deaths = 0
             if isinstance(message, wire.Examined):
                 self._admit(job, message.facts)
             elif isinstance(message, wire.Refused):
@@ -156,6 +157,7 @@ class Preparation:
             elif isinstance(message, wire.Failed):
                 self._failed(job, message)
             else:
+                blame.note_works(self._context, blame.preparing(self._context))
                 self._tell_prepared(job, message.facts)
 
     def _admit(self, job: Job, facts: dict[str, Any]) -> None:
@@ -224,10 +226,24 @@ class Preparation:
         disk.remove_tree(self._context.home.prepared(job.number), self._context.home.staging)
         attempts = job.attempts + 1
         if attempts >= self._context.settings.worker.max_attempts:
-            self._context.reject(job, {"kind": "crash", "why": f"{why}, {counted(attempts, 'time')}"})
+            self._give_up(job, f"{why}, {counted(attempts, 'time')}")
             return
         self._context.ledger.note(job, attempts=attempts)
         self._context.say("retry", f"{job.name}: {why}; attempt {attempts} failed, trying again", level="warning")
+
+    def _give_up(self, job: Job, why: str) -> None:
+        """Reject the file, unless all tells of what it is prepared with: then the next ones would only follow it."""
+        other = blame.alike(self._context, blame.preparing(self._context), job.name)
+        if other is None:
+            self._context.reject(job, {"kind": "crash", "why": why})
+            return
+        self._context.ledger.note(job, attempts=0)
+        raise CannotTrain(
+            f"{job.name}: {why}, as {other} before it, and nothing was ever prepared with this model and these"
+            " libraries",
+            hint=f"{self.preparer.log} tells more. If the file is at fault, delete"
+            f" {self._context.home.claimed(job.number)}",
+        )
 
     def _release_when_idle(self, now: float) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes

@@ -382,7 +382,7 @@ class Runs:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
         self._context.disk_is_well()
-        blame.note_trained(self._context, run.plan.recipe.batch_size)
+        blame.note_works(self._context, blame.training(self._context, run.plan.recipe.batch_size))
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -543,7 +543,8 @@ class Runs:
 
     def _give_up(self, run: Run, why: str, kind: str) -> None:
         """Reject the file, unless all tells of what it is trained with: then the next ones would only follow it."""
-        other = blame.alike(self._context, run.plan.recipe.batch_size, run.job.name)
+        tried_with = blame.training(self._context, run.plan.recipe.batch_size)
+        other = blame.alike(self._context, tried_with, run.job.name)
         if other is None:
             self._context.reject(run.job, {"kind": kind, "why": why, "fix": FIXES[kind]})
             return

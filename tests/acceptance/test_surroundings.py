@@ -246,6 +246,30 @@ def test_a_preparer_that_hangs_over_a_file_costs_it_an_attempt(lab):
     lab.check()
 
 
+@pytest.mark.parametrize("at", ["longrun.examine:examine", "longrun.disk:sync_tree"])
+def test_a_preparer_that_dies_over_every_file_costs_the_queue_one_of_them(lab, at):
+    for name in "abc":
+        lab.drop_rows(name, 8)
+    assert lab.drain(faults=[{"at": at, "role": "preparer", "do": "kill", "nth": 0}]) == 1
+    assert lab.names("rejected") == {"a.jsonl", "a.jsonl.reason.json"}
+    assert "paused: worker. b.jsonl: the preparer died over it (SIGKILL" in lab.log
+    assert "3 times, as a.jsonl before it, and nothing was ever prepared with this model and these libraries" in lab.log
+    assert lab.drain() == 0
+    assert lab.names("trained") == {"b.jsonl", "c.jsonl"}
+    lab.check_published_rows()
+
+
+def test_a_file_that_the_preparer_dies_over_is_at_fault_itself_where_others_were_prepared(lab):
+    lab.drop_rows("before", 8)
+    assert lab.drain() == 0
+    for name in ("poison", "poison-too", "after"):
+        lab.drop_rows(name, 8)
+    kill = {"at": "longrun.examine:examine", "role": "preparer", "do": "kill", "about": "poison", "nth": 0}
+    assert lab.drain(faults=[kill]) == 1
+    assert {name for name in lab.names("rejected") if name.endswith("jsonl")} == {"poison.jsonl", "poison-too.jsonl"}
+    assert "after.jsonl" in lab.names("trained")
+
+
 def test_a_preparer_that_cannot_start_is_a_problem_and_no_files_fault(lab):
     lab.drop_rows("a", 8)
     kills = [{"at": "longrun.wire:connect", "role": "preparer", "do": "kill", "once": f"kill-{n}"} for n in range(3)]
