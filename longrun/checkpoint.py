@@ -237,9 +237,9 @@ def set_aside(home: Home, folder: Path) -> Path:
 def clear_remains(home: Home, lived: str | None = None) -> bool:
     """Finish an `rm -rf current_model/` that met a commit on its way; True when there were remains.
 
-    Remains are checkpoints without the lineage.json that every model has, or, of the lineage that `lived` under this
-    process until now, published files that lack either. They are set aside, so that the old model does not come
-    back. Anything else in the folder is not ours to judge.
+    Remains are checkpoints without the lineage.json that every model has, or, where a lineage `lived` under this
+    process until now, what was published of it and lacks either. They are set aside, so that the old model does not
+    come back. Anything else in the folder is not ours to judge.
     """
     if _is_empty(home.model) or not home.model.is_dir():
         return False
@@ -247,15 +247,40 @@ def clear_remains(home: Home, lived: str | None = None) -> bool:
     if (home.model / LINEAGE).exists():
         remains = lived is not None and not steps(home.model) and _lineage_in(home.model) == lived
     else:
-        found = [entry for entry in entries if _NAME.fullmatch(entry.name)]
-        ours = [folder for folder in found if lived is not None and _lineage_in(folder) == lived]
-        published = {name for folder in ours for name in _published_names(folder)}
-        remains = bool(found) and all(entry in found or entry.name in published for entry in entries)
+        ours = _noted(home, lived) if lived is not None else {}
+        remains = all(_NAME.fullmatch(entry.name) or _is_noted(entry, ours) for entry in entries)
     if remains:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 set_aside(home, entry)
     return remains
+
+
+def _note(home: Home, lineage: str | None, files: dict[str, tuple[int, ...]]) -> None:
+    """Note what is, or is about to be, published.
+
+    An `rm -rf` does not know of what is moved in behind it; this tells that from what somebody else puts there.
+    """
+    note = {"lineage": lineage, "files": files}
+    disk.write_file(home.published, json.dumps(note).encode(), durable=False)
+
+
+def _noted(home: Home, lineage: str) -> dict[str, tuple[int, ...]]:
+    """The files that were published of this lineage, also those on their way when whoever published them died."""
+    try:
+        note = json.loads(home.published.read_bytes())
+        files: dict[str, list[int]] = note["files"] if note["lineage"] == lineage else {}
+        return {name: tuple(signature) for name, signature in files.items()}
+    except _UNREADABLE:
+        return {}
+
+
+def _is_noted(entry: Path, ours: dict[str, tuple[int, ...]]) -> bool:
+    """Whether it is the very file, and not another one of its name, as somebody copies there; or gone."""
+    try:
+        return ours.get(entry.name) == _signature(entry)
+    except FileNotFoundError:
+        return True
 
 
 # -- writing
@@ -415,10 +440,15 @@ def publish(home: Home, checkpoint: Path) -> None:
 def _publish(home: Home, checkpoint: Path) -> None:
     names = _published_names(checkpoint)
     changed = [name for name in names if not _same(checkpoint / name, home.model / name)]
+    lineage = _lineage_in(checkpoint)
+    ours = {name: _signature(home.model / name) for name in names if name not in changed}
+    _note(home, lineage, ours)
     for name in changed:
         fresh = home.staging / f"published-{name}"
         disk.remove_file(fresh)
         _place(checkpoint / name, fresh)
+        ours[name] = _signature(fresh)
+        _note(home, lineage, ours)
         disk.move(fresh, home.model / name)
     for stale in _stale_names(home.model, set(names)):
         disk.remove_file(home.model / stale)

@@ -445,9 +445,10 @@ def free_bytes(folder: Path) -> int:
 def tree_bytes(folder: Path) -> int:
     """Bytes of the files below `folder`; what is being deleted meanwhile does not count."""
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size if file.is_file() else 0
+    for place, _, names in os.walk(folder):  # not rglob: it fails when a folder goes while it looks
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name), follow_symlinks=False).st_size  # noqa: PTH118
     return total
 
 

@@ -65,6 +65,11 @@ class Home:
         return self.state / "staging"
 
     @cached_property
+    def published(self) -> Path:
+        """Which files of current_model/ are ours: a removal of the model may meet them on their way there."""
+        return self.state / "published.json"
+
+    @cached_property
     def set_aside(self) -> Path:
         """Damaged checkpoints and remains of a removed model: never read again, kept for a person."""
         return self.state / "set_aside"

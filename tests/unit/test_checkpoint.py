@@ -304,6 +304,43 @@ def test_a_publish_that_met_the_removal_left_remains_too(home: Home) -> None:
     assert list(home.model.iterdir()) == []
 
 
+def test_one_published_file_that_came_behind_the_removal_is_set_aside_too(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when whoever published it is killed right after, before it could say a word."""
+    add_checkpoint(home, 5)
+
+    def move_behind_a_removal(source: Path, target: Path) -> None:
+        shutil.rmtree(home.model / "checkpoint-6", ignore_errors=True)
+        for path in home.model.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        move(source, target)
+        raise KeyboardInterrupt
+
+    move = disk.move
+    with OpenModel(home, checkpoint.newest(home, Verifier(), print)) as model:
+        monkeypatch.setattr(disk, "move", move_behind_a_removal)
+        with pytest.raises(KeyboardInterrupt):
+            model.commit(stage(home, 6), lineage_at(6), keep=2)
+    monkeypatch.undo()
+    (left,) = home.model.iterdir()
+    assert checkpoint.clear_remains(home, "one"), left
+    assert newest(home) == (None, [])
+
+
+def test_files_of_the_same_names_that_somebody_else_puts_there_are_no_remains(home: Home) -> None:
+    add_checkpoint(home, 5)
+    elsewhere = home.root / "elsewhere"
+    shutil.copytree(home.model, elsewhere)
+    shutil.rmtree(home.model)
+    home.model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy2(elsewhere / name, home.model / name)
+    assert not checkpoint.clear_remains(home, "one")
+    with pytest.raises(BadModel):
+        newest(home)
+
+
 def test_only_remains_are_cleared(home: Home) -> None:
     assert not checkpoint.clear_remains(home)
     add_checkpoint(home, 9)
