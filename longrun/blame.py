@@ -17,31 +17,34 @@ from longrun import fitting
 
 if TYPE_CHECKING:
     from longrun.context import Context
+    from longrun.job import Job
 
-TRIED = "what was trained with"  # the ledger's fact: {situation: the file that was given up in it, or WORKED}
-WORKED = ""
+TRIED = "what files were given up with"  # the ledger's fact: {situation: [which file, its name], or WORKED}
+WORKED = ("", "")
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
 def note_works(context: Context, situation: str) -> None:
     """A file got through: whatever fails in this situation from now on is a file's."""
-    tried = _tried(context)
-    if tried.get(situation) != WORKED:
-        context.ledger.set_fact(TRIED, json.dumps(tried | {situation: WORKED}))
+    if _given_up(context, situation) != WORKED:
+        _note(context, situation, WORKED)
 
 
-def alike(context: Context, situation: str, name: str) -> str | None:
-    """Another file that was given up before, if nothing ever worked so; None: this one is at fault."""
-    tried = _tried(context)
-    if situation not in tried:
-        context.ledger.set_fact(TRIED, json.dumps(tried | {situation: name}))
-    other = tried.get(situation, WORKED)
-    return None if other in (WORKED, name) else other
+def alike(context: Context, situation: str, job: Job) -> str | None:
+    """Another file that was given up before, if nothing ever worked so; None: this one is at fault.
+
+    Other bytes are another file, whatever their name; bytes that could not be examined are known by that.
+    """
+    this = (job.sha256 or job.name, job.name)
+    before = _given_up(context, situation)
+    if before is None:
+        _note(context, situation, this)
+    return None if before in (None, WORKED) or before[0] == this[0] else before[1]
 
 
-def training(context: Context, batch_size: int) -> str:
+def training(context: Context, batch_size: int, device: str) -> str:
     """What a file is trained with, in words: its situation."""
-    return f"{fitting.situation(context, batch_size)}, {_libraries()}"
+    return f"{fitting.situation(context, batch_size)}, {device}, {_libraries()}"
 
 
 def preparing(context: Context) -> str:
@@ -49,8 +52,18 @@ def preparing(context: Context) -> str:
     return f"preparing for {context.settings.model.base_model}, {_libraries()}"
 
 
-def _tried(context: Context) -> dict[str, str]:
-    tried: dict[str, str] = json.loads(context.ledger.fact(TRIED) or "{}")
+def _given_up(context: Context, situation: str) -> tuple[str, str] | None:
+    """The first file that was given up so, or WORKED; None: nothing is known yet."""
+    found = _tried(context).get(situation)
+    return (found[0], found[1]) if found is not None else None
+
+
+def _note(context: Context, situation: str, what: tuple[str, str]) -> None:
+    context.ledger.set_fact(TRIED, json.dumps(_tried(context) | {situation: list(what)}))
+
+
+def _tried(context: Context) -> dict[str, list[str]]:
+    tried: dict[str, list[str]] = json.loads(context.ledger.fact(TRIED) or "{}")
     return tried
 
 

@@ -157,7 +157,7 @@ class Context:
             if newest is not None:
                 config.check_model(fresh, newest.lineage, self.home.root)
         except BadConfig as error:
-            self.problem("settings", f"{error}. The former settings stay in force")
+            self.problem("settings", f"{error}. {self._instead(newest)}")
             return
         self.solved("settings")
         for change in config.changes(self.settings, fresh):
@@ -166,6 +166,19 @@ class Context:
         if fresh.log != self.settings.log:
             self.journal.configure(fresh.log)
         self.settings = fresh
+
+    def check_settings(self, newest: checkpoint.Checkpoint | None) -> None:
+        """BadConfig when those in force are not for this model."""
+        if newest is not None:
+            config.check_model(self.settings, newest.lineage, self.home.root)
+
+    def _instead(self, newest: checkpoint.Checkpoint | None) -> str:
+        """What holds while the settings file is not good."""
+        try:
+            self.check_settings(newest)
+        except BadConfig:
+            return "Until then no file is trained"
+        return "The former settings stay in force"
 
     def record_of(self, job: Job, newest: checkpoint.Checkpoint | None) -> FileRecord | None:
         """What the model says of the job, if it was trained to its end; None otherwise."""

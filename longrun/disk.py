@@ -12,11 +12,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
-    from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # errors that more free space would cure
 # Errors that no file is to blame for: they pass, or a person mends them, and until then every file meets them.
@@ -448,7 +448,7 @@ def tree_bytes(folder: Path) -> int:
     for place, _, names in os.walk(folder):  # not rglob: it fails when a folder goes while it looks
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(place, name), follow_symlinks=False).st_size  # noqa: PTH118
+                total += Path(place, name).lstat().st_size
     return total
 
 

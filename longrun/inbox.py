@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 CLAIM_AT_ONCE = 2000  # files a tick: bounds the tick, not the inbox
-COPY_S = 0.25  # of a tick: so long everything else waits
+COPY_AT_ONCE = 100  # of files that have to be copied, most of which wait for the next tick
+COPY_S = 0.25  # of a tick, and a piece more: so long everything else waits
 TRY_AGAIN_S = 60.0  # what was refused once, while nothing about it changes
 ORIGIN = "origin.json"  # in a job's folder: which file of the inbox its bytes were copied from
 
@@ -183,16 +184,23 @@ class Inbox:
         A file that has to be copied may take many rounds: while `copying` tells of one, `go_on_copying` comes first.
         """
         jobs: list[Job] = []
-        numbers = range(first_number, first_number + min(len(names), CLAIM_AT_ONCE))
+        names = names[: self.at_once]
+        numbers = range(first_number, first_number + len(names))
         self._make_folders(numbers)
         end = time.monotonic() + COPY_S
-        for name in names[:CLAIM_AT_ONCE]:
+        for name in names:
             number = first_number + len(jobs)
             self._taking = _Taking(name, number, self._take(name, number))
             jobs += self._take_further(end)
             if self._taking is not None:
                 break  # the others wait: files are claimed in the order of their arrival
         return self._recorded(jobs, numbers)
+
+    @property
+    def at_once(self) -> int:
+        """How many files a call of `claim` takes at most."""
+        near = self._home.inbox.stat().st_dev == self._home.jobs.stat().st_dev
+        return CLAIM_AT_ONCE if near else COPY_AT_ONCE
 
     @property
     def copying(self) -> int | None:
@@ -215,7 +223,7 @@ class Inbox:
     def _take_further(self, end: float) -> list[Job]:
         """The job of the file being taken, if it is ours by now; it goes on being taken when `end` comes before that.
 
-        One piece at least is copied. Whatever fails, it is being taken no more.
+        Whatever fails, it is being taken no more.
         """
         taking, self._taking = self._taking, None
         assert taking is not None
@@ -248,7 +256,7 @@ class Inbox:
     def _take(self, name: str, number: int) -> Generator[bool | None]:
         """At last whether the file is ours: moved, or copied where a move would not give us bytes of our own.
 
-        None after each piece of a copy that is not the last.
+        None before a copy, and after each piece of it that is not the last.
         """
         source, target = self._home.inbox / name, self._home.claimed(number) / name
         try:
@@ -280,6 +288,7 @@ class Inbox:
             why = f"it has to be copied and does not fit: {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
             yield self._refuse(source.name, why, "Make room: it is tried again")
             return
+        yield None  # others may have been copied before it in this round
         taken, copied = False, 0
         try:
             disk.write_file(note, _origin(source.name, signature))

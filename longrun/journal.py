@@ -94,8 +94,9 @@ class _Rotated(logging.handlers.RotatingFileHandler):
         path = Path(self.baseFilename)
         if self.stream is not None and disk.signature(path)[:1] != (os.fstat(self.stream.fileno()).st_ino,):
             path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._open()  # or there would be none to write to
             self.stream.close()
-            self.stream = self._open()
+            self.stream = fresh
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

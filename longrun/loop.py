@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, checkpoint, disk, inbox, missing, process, replacing, requests, status
-from longrun.errors import BadModel, CannotTrain, Locked, LongrunError, ModelRemoved
+from longrun.errors import BadConfig, BadModel, CannotTrain, Locked, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
 from longrun.recovery import Recovery
@@ -215,7 +215,7 @@ class Daemon:
 
     def _do_round(self, now: float) -> None:
         self._stay_alone(now)
-        self._runs.hear(now)
+        self._runs.hear(now, standing_still=self._paused or self._trouble == "model")
         self._preparation.hear(now)
         self._obey(now)
         self._context.reload_settings(self._context.seen)
@@ -306,7 +306,7 @@ class Daemon:
         if settled:
             self._context.ledger.claim(self._inbox.claim(settled, self._next_number()))
         self._scanned_at = now
-        more = len(settled) > inbox.CLAIM_AT_ONCE or self._inbox.copying is not None
+        more = len(settled) > self._inbox.at_once or self._inbox.copying is not None
         self._next_scan = now if more else now + self._inbox.next_look(now)
 
     @contextlib.contextmanager
@@ -366,6 +366,7 @@ class Daemon:
         usable, newest = self._look_at_model(now)
         if not usable:
             return
+        self._check_settings(newest)
         self._runs.warm_up(now)
         # Once more, now that it is known what the model is in the middle of.
         first = next(iter(self._context.waiting(limit=1)), None)
@@ -375,6 +376,13 @@ class Daemon:
         if facts is not None:
             self._check_room(newest)
             self._runs.start(first, newest, facts, now)
+
+    def _check_settings(self, newest: Checkpoint | None) -> None:
+        """CannotTrain when the settings in force are not for this model: it may have been restored under them."""
+        try:
+            self._context.check_settings(newest)
+        except BadConfig as error:
+            raise CannotTrain(error.message, hint=error.hint) from None
 
     def _look_at_model(self, now: float) -> tuple[bool, Checkpoint | None]:
         """Whether the model can be gone on from, and its newest verified checkpoint (None: from the base model).
@@ -464,7 +472,8 @@ class Daemon:
     def _hopeless(self) -> bool:
         """Draining, somebody waits for the end: what only a person can mend is said by leaving."""
         since_ended, looks = self._troubles
-        return since_ended == self._context.ended_now and looks >= LOOKS_WHEN_DRAINING
+        stuck = since_ended == self._context.ended_now and looks >= LOOKS_WHEN_DRAINING
+        return stuck and self._runs.current is None
 
     def _nothing_left(self, now: float) -> bool:
         """Of the inbox that is true only after a look at it: not everywhere does it ring when a file comes."""

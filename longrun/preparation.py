@@ -233,7 +233,7 @@ class Preparation:
 
     def _give_up(self, job: Job, why: str) -> None:
         """Reject the file, unless all tells of what it is prepared with: then the next ones would only follow it."""
-        other = blame.alike(self._context, blame.preparing(self._context), job.name)
+        other = blame.alike(self._context, blame.preparing(self._context), job)
         if other is None:
             self._context.reject(job, {"kind": "crash", "why": why})
             return

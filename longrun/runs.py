@@ -273,7 +273,8 @@ class Runs:
 
     # -- hearing
 
-    def hear(self, now: float) -> None:
+    def hear(self, now: float, *, standing_still: bool = False) -> None:
+        """Take up what the worker says. `standing_still`: no file begins for now, though some may wait."""
         run = self.current
         if not self.worker.running:
             return
@@ -286,7 +287,7 @@ class Runs:
         if run is not None and run is self.current:
             self._keep_going(run, now)
         elif run is None:
-            self._release_when_idle(now)
+            self._release_when_idle(now, standing_still=standing_still)
 
     def _keep_going(self, run: Run, now: float) -> None:
         if self.worker.ready and not run.sent:
@@ -382,7 +383,7 @@ class Runs:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
         self._context.disk_is_well()
-        blame.note_works(self._context, blame.training(self._context, run.plan.recipe.batch_size))
+        blame.note_works(self._context, self._trained_with(run))
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
         try:
             saved = self._context.verifier.trust(folder)
@@ -467,7 +468,7 @@ class Runs:
             }
             self._context.reject(run.job, reason | {"fix": failure.hint})
         elif failure.kind == "token":
-            self._context.reject(run.job, {"kind": failure.kind, "why": failure.why, "fix": failure.hint})
+            self._give_up(run, failure.why, failure.kind, failure.hint)
         elif failure.kind == "disk":
             self._context.ledger.move(run.job, JobState.QUEUED)
             raise disk.Refused(failure.why)
@@ -527,7 +528,7 @@ class Runs:
         attempts = (0 if saved_step > run.start_step else run.job.attempts) + 1
         limit = self._context.settings.worker.max_attempts
         if attempts >= limit:
-            self._give_up(run, f"{why}; given up after {counted(attempts, 'attempt')}", kind)
+            self._give_up(run, f"{why}; given up after {counted(attempts, 'attempt')}", kind, FIXES[kind])
             return
         if kind == "out of memory":
             fitting.make_smaller(self._context, run.plan.recipe.batch_size, run.rows_at_once, attempts)
@@ -541,19 +542,21 @@ class Runs:
             kind=kind,
         )
 
-    def _give_up(self, run: Run, why: str, kind: str) -> None:
+    def _give_up(self, run: Run, why: str, kind: str, fix: str) -> None:
         """Reject the file, unless all tells of what it is trained with: then the next ones would only follow it."""
-        tried_with = blame.training(self._context, run.plan.recipe.batch_size)
-        other = blame.alike(self._context, tried_with, run.job.name)
+        other = blame.alike(self._context, self._trained_with(run), run.job)
         if other is None:
-            self._context.reject(run.job, {"kind": kind, "why": why, "fix": FIXES[kind]})
+            self._context.reject(run.job, {"kind": kind, "why": why, "fix": fix})
             return
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=0)
         raise CannotTrain(
             f"{run.job.name}: {why}, as {other} before it, and nothing was ever trained with this model, these settings"
             " and libraries",
-            hint=f"{FIXES[kind]}. If the file is at fault, delete {self._context.home.claimed(run.job.number)}",
+            hint=f"{fix}. If the file is at fault, delete {self._context.home.claimed(run.job.number)}",
         )
+
+    def _trained_with(self, run: Run) -> str:
+        return blame.training(self._context, run.plan.recipe.batch_size, self.worker.device)
 
     def _model_removed(self, run: Run, why: str) -> None:
         self.worker.kill()
@@ -562,9 +565,9 @@ class Runs:
         then = "the base model at step 0" if why.endswith("removed") else "the model that is there then"
         self._context.model_removed(f"{why}: {run.job.name} will start again from {then}", job=run.job.number)
 
-    def _release_when_idle(self, now: float) -> None:
+    def _release_when_idle(self, now: float, *, standing_still: bool) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes
-        idle = self.worker.ready and not self._context.waiting(limit=1)
+        idle = self.worker.ready and (standing_still or not self._context.waiting(limit=1))
         if idle and now - max(self._idle_since, self.worker.heard_at) > limit_s:
             self.worker.kill()
             self._context.say("released", "the worker was idle; its memory is released")

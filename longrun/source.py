@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TRIES = 40
 PAUSE_S = 0.1  # between tries; a commit publishes in less than a second
 _INDEX = re.compile(r".*\.index\.json")
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt)")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt|distcp)")
 _BESIDE_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state).*"
 )  # what a Trainer saves with them
@@ -230,7 +230,8 @@ def faults(snapshot: Snapshot, digests: dict[str, str] | None) -> list[str]:
     found = [fault for folder in folders for fault in _faults_in(snapshot, folder, digests)]
     if not any(map(_is_weights, snapshot.files)):
         found.append("there are no weights in it")
-    names_a_lineage = any(path.rpartition("/")[2] == checkpoint.LINEAGE for path in snapshot.files)
+    own = (folder for folder in folders if not folder or _CHECKPOINT.fullmatch(folder))
+    names_a_lineage = any(f"{folder}/{checkpoint.LINEAGE}".lstrip("/") in snapshot.files for folder in own)
     if names_a_lineage and checkpoint.MANIFEST not in snapshot.files:  # a Longrun model, not a checkpoint of one
         found += _faults_of_publishing(snapshot, digests)
     return found

@@ -198,7 +198,7 @@ class Store(Catalogue):
         for folder in (store.objects, store.backups, store.tmp):
             folder.mkdir(parents=True, exist_ok=True)
         for name, content in PAPERS.items():
-            if _bytes_of(root / name) != content:
+            if not _holds(root / name, content):
                 disk.write_file(root / name, content)
         disk.sync_folder(store.objects.parent)
         disk.sync_folder(root)
@@ -293,14 +293,18 @@ class Store(Catalogue):
                 fix = f"import that backup again from a copy, or give it up: move its folder out of {self.backups}"
                 found.append(Damage(f"backup {backup}", error.message, [backup], fix))
                 continue
-            if _bytes_of(self.folder(backup) / SUMS) != manifests[-1].to_sums():
+            if not self.tells_sums(manifests[-1]):
                 why = f"it is not what the manifest says; {MADE_ANEW}"
                 found.append(Damage(f"backups/{backup}/{SUMS}", why, [backup]))
         return found + self._damaged_objects(manifests, quick, on_bytes)
 
+    def tells_sums(self, manifest: Manifest) -> bool:
+        """Whether the sums beside the manifest, for people without this program, are what it says."""
+        return _holds(self.folder(manifest.id) / SUMS, manifest.to_sums())
+
     def _damaged_papers(self) -> list[Damage]:
         why = f"missing or changed; {MADE_ANEW}"
-        return [Damage(name, why) for name, content in PAPERS.items() if _bytes_of(self.root / name) != content]
+        return [Damage(name, why) for name, content in PAPERS.items() if not _holds(self.root / name, content)]
 
     def _damaged_objects(self, manifests: list[Manifest], quick: bool, on_bytes: Callable[[int], None]) -> list[Damage]:
         sizes = {digest: size for manifest in manifests for digest, size in manifest.digests.items()}
@@ -447,11 +451,11 @@ class Additions:
         disk.rename(papers, self.store.folder(manifest.id))
 
     def _mend_sums(self) -> None:
-        """What is told by a manifest need not stay damaged."""
+        """What is told by a manifest need not stay damaged; another backup's must not keep this one from being made."""
         for manifest in self.store.all():
-            path = self.store.folder(manifest.id) / SUMS
-            if _bytes_of(path) != manifest.to_sums():
-                disk.write_file(path, manifest.to_sums())
+            if not self.store.tells_sums(manifest):
+                with contextlib.suppress(OSError):
+                    disk.write_file(self.store.folder(manifest.id) / SUMS, manifest.to_sums())
 
     def replace(self, manifest: Manifest) -> None:
         """As `commit`, for a backup that exists: what it names was taken in again."""
@@ -538,6 +542,14 @@ def _goes_on(backup: Manifest) -> bool:
 
 def _needing(manifests: list[Manifest], digest: str) -> list[str]:
     return [manifest.id for manifest in manifests if digest in manifest.digests]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether the store's own file is this; what cannot be read is not."""
+    try:
+        return _bytes_of(path) == content
+    except OSError:
+        return False
 
 
 def _bytes_of(path: Path) -> bytes | None:

@@ -154,11 +154,6 @@ class Encoder:
         return Encoded(ids[: self.max_length], labels[: self.max_length], truncated=True)
 
     @property
-    def has_rendered(self) -> bool:
-        """Whether any row so far needed the chat template."""
-        return "_template" in vars(self)
-
-    @property
     def mask_source(self) -> str:
         """How the masks of chat rows come about, for the log."""
         return self._template.mask_source.value

@@ -58,6 +58,7 @@ class Tally:
     untrainable_first: int | None = None  # its row number, from 1
     refused_rows: int = 0  # by the chat template, and left out as on_bad_row says
     refused_first: str = ""  # its row, and why
+    rendered_rows: int = 0  # by the chat template
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
@@ -112,7 +113,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
         "base_model": task.base_model,
         "on_bad_row": task.on_bad_row,
         **vars(tally),
-        "mask_source": encoder.mask_source if encoder.has_rendered else "no template needed",
+        "mask_source": encoder.mask_source if tally.rendered_rows else "no template needed",
     }
     (fresh / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     disk.sync_tree(fresh)
@@ -154,6 +155,7 @@ def _batches(reader: RowReader, encoder: Encoder, tally: Tally, on_bad_row: str)
     batch: list[tuple[int, Draft]] = []
     characters = 0
     for number, row in reader:
+        tally.rendered_rows += isinstance(row, ChatRow)
         try:
             batch.append((number, _draft(encoder, number, row)))
         except BadFile as problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -54,7 +55,7 @@ def _work(home: Home, options_json: str, channel: wire.Channel | None) -> None:
         while True:
             for message in runner.world.share(channel.receive(None) if channel else []):
                 if isinstance(message, wire.Train):
-                    _train(runner, line, message)
+                    _train(runner, home, line, message)
     except wire.Closed:
         # The other processes wait for a word that will not come; the launcher ends them with this one.
         sys.exit(runner.world.size > 1)
@@ -65,7 +66,7 @@ def keep_to_one_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
-def _train(runner: Runner, channel: Line, task: wire.Train) -> None:
+def _train(runner: Runner, home: Home, channel: Line, task: wire.Train) -> None:
     """One run. After a failure the process ends: what is in its memory is not to be trusted."""
     try:
         channel.send(runner.run(task))
@@ -73,11 +74,11 @@ def _train(runner: Runner, channel: Line, task: wire.Train) -> None:
         raise
     except Exception as error:  # noqa: BLE001  (whatever it is, the daemon must hear of it)
         traceback.print_exc()
-        channel.send(_in_words(task, error))
+        channel.send(_in_words(task, error, home))
         sys.exit(1)
 
 
-def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
+def _in_words(task: wire.Train, error: Exception, home: Home) -> wire.Failed:
     from longrun.training.base_model import is_out_of_memory
     from longrun.training.data import DamagedRows
     from longrun.training.metrics import Diverged
@@ -100,15 +101,24 @@ def _in_words(task: wire.Train, error: Exception) -> wire.Failed:
         return wire.Failed(job=job, kind=error.kind, why=error.why, hint=error.hint)
     if isinstance(error, DamagedRows):
         return wire.Failed(job=job, kind="prepared rows", why=said)
-    if isinstance(error, DiskFull | OSError):  # no file of a person is opened here: what is refused is the home's own
+    if isinstance(error, DiskFull) or (isinstance(error, OSError) and _is_of_the_disk(error, home)):
         return wire.Failed(job=job, kind="disk", why=said)
     if isinstance(error, BadConfig):
         return wire.Failed(job=job, kind="base model", why=error.message, hint=error.hint)
+    if isinstance(error, OSError):  # a compiler that is not there, a server that does not answer: no file opens these
+        return wire.Failed(job=job, kind="base model", why=f"{type(error).__name__}: {said}")
     if is_out_of_memory(error):
         return wire.Failed(job=job, kind="out of memory", why=f"out of memory: {said.splitlines()[0]}")
     hint = error.hint if isinstance(error, LongrunError) else ""
     in_one_line = " ".join(said.split())[:WHY_CHARACTERS]
     return wire.Failed(job=job, kind="crash", why=f"{type(error).__name__}: {in_one_line}", hint=hint)
+
+
+def _is_of_the_disk(error: OSError, home: Home) -> bool:
+    """Whether what the home is on refused it."""
+    number, name = error.errno, error.filename
+    below = isinstance(name, str) and Path(name).is_relative_to(home.root)
+    return below or number in disk.NO_FILES_FAULT or number == errno.EIO
 
 
 # -- the preparer

@@ -161,6 +161,43 @@ def test_a_model_that_may_not_be_written_to_keeps_files_waiting(lab):
     lab.check()
 
 
+def test_a_model_that_the_settings_in_force_are_not_for_keeps_files_waiting(lab):
+    for name in ("one", "two"):
+        (lab.home / name).mkdir()
+        (lab.home / name / "config.json").write_text("{}")
+    lab.configure(**SETTINGS | {"model.base_model": "one"})
+    lab.drop_rows("a", 8)
+    assert lab.drain() == 0
+    kept = shutil.copytree(lab.model, lab.home / "kept")
+    shutil.rmtree(lab.model)
+    lab.configure(**SETTINGS | {"model.base_model": "two"})
+    daemon = lab.start()
+    lab.drop_rows("b", 8)
+    lab.wait_until(lambda: "b.jsonl" in lab.names("trained"))
+    shutil.rmtree(lab.model)
+    kept.rename(lab.model)
+    lab.drop_rows("c", 8)
+    lab.wait_until(lambda: "paused: worker. base_model is " in lab.log)
+    assert "/two (longrun.toml), but the current model grew from " in lab.log
+    assert "Until then no file is trained" in lab.log
+    lab.configure(**SETTINGS | {"model.base_model": "one"})
+    lab.wait_until(lambda: "c.jsonl" in lab.names("trained"))
+    assert [record["name"] for record in lab.lineage["files"]] == ["a.jsonl", "c.jsonl"]
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(60) == 0
+
+
+def test_a_pause_frees_what_the_worker_holds_though_files_wait(lab):
+    lab.configure(**SETTINGS | {"worker.idle_release_minutes": 0.02})
+    lab.drop_rows("a", 8 * 5 * STEPS)
+    lab.start(LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: started(lab))
+    lab.command("pause")
+    lab.wait_until(lambda: "the worker was idle; its memory is released" in lab.log)
+    assert lab.status["queue"] == ["a.jsonl"]
+    assert lab.status["worker_pid"] is None
+
+
 def started(lab):
     return any(event["event"] == "started" for event in lab.events)
 

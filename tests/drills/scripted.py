@@ -198,8 +198,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--worker", type=Path)
     parser.add_argument("--preparer", type=Path)
     parser.add_argument("--home", type=Path)
+    parser.add_argument("--check-base", help="any will do")
     parser.add_argument("--options")
     args = parser.parse_args(arguments)
+    if args.check_base:
+        return
     if sys.platform == "linux":  # a fork has the command line of its parent
         Path("/proc/self/comm").write_text("worker" if args.worker else "preparer")
     if not outlives():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from longrun import examine, wire
+from longrun.home import Home
 from longrun.training import serve
 
 NO_FILES_FAULT = ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
 PERHAPS_A_FILES = ("EIO", "EACCES", "EISDIR")
 KINDS = dict.fromkeys(NO_FILES_FAULT, "disk") | dict.fromkeys(PERHAPS_A_FILES, "crash")
+HOME = Home(Path("/home"))
 
 
 def refused(name):
@@ -39,8 +42,24 @@ def task():
 @pytest.mark.parametrize("name", KINDS)
 def test_no_file_is_to_blame_for_what_the_system_refuses_the_worker(task, name):
     """It reads nothing but what was prepared, and writes into the home."""
-    failed = serve._in_words(task, refused(name))
+    error = refused(name)
+    error.filename = "/home/current_model/checkpoint-1"
+    failed = serve._in_words(task, error, HOME)
     assert (failed.job, failed.kind) == (7, "disk")
+
+
+ELSEWHERE = (
+    FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gcc"),
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/.triton"),
+    ConnectionError("no answer from the server that curves are reported to"),
+    TimeoutError(),
+)
+
+
+@pytest.mark.parametrize("error", ELSEWHERE, ids=repr)
+def test_what_is_refused_outside_the_home_is_told_as_what_is_trained_with(task, error):
+    failed = serve._in_words(task, error, HOME)
+    assert (failed.kind, type(error).__name__ in failed.why) == ("base model", True)
 
 
 NO_MEMORY = (
@@ -54,7 +73,7 @@ NO_MEMORY = (
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=str)
 def test_whoever_finds_no_memory_the_batch_is_to_be_halved(task, error):
-    assert serve._in_words(task, error).kind == "out of memory"
+    assert serve._in_words(task, error, HOME).kind == "out of memory"
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())

@@ -10,6 +10,7 @@ import pytest
 
 from longrun import blame
 from longrun.config import Settings
+from longrun.job import Job, JobState
 from longrun.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -18,38 +19,49 @@ if TYPE_CHECKING:
 HERE = "8 rows on this machine"
 
 
+def file(name: str, sha256: str = "") -> Job:
+    return Job(number=1, name=name, state=JobState.RUNNING, sha256=sha256 or f"of {name}", arrived_at=0.0)
+
+
 @pytest.fixture
 def context(home: Home) -> Any:
     return SimpleNamespace(settings=Settings(), ledger=Ledger.open(home.ledger))
 
 
 def test_the_first_file_that_is_given_up_is_at_fault_and_so_it_is_when_it_is_dropped_again(context: Any) -> None:
-    assert blame.alike(context, HERE, "first.jsonl") is None
-    assert blame.alike(context, HERE, "first.jsonl") is None
+    assert blame.alike(context, HERE, file("first.jsonl")) is None
+    assert blame.alike(context, HERE, file("first.jsonl")) is None
 
 
 def test_a_second_one_tells_of_what_both_were_trained_with(context: Any) -> None:
-    blame.alike(context, HERE, "first.jsonl")
-    assert blame.alike(context, HERE, "second.jsonl") == "first.jsonl"
-    assert blame.alike(context, HERE, "third.jsonl") == "first.jsonl"
+    blame.alike(context, HERE, file("first.jsonl"))
+    assert blame.alike(context, HERE, file("second.jsonl")) == "first.jsonl"
+    assert blame.alike(context, HERE, file("third.jsonl")) == "first.jsonl"
 
 
 def test_where_something_has_trained_every_file_is_at_fault_itself(context: Any) -> None:
-    blame.alike(context, HERE, "first.jsonl")
+    blame.alike(context, HERE, file("first.jsonl"))
     blame.note_works(context, HERE)
-    assert [blame.alike(context, HERE, name) for name in ("second.jsonl", "third.jsonl")] == [None, None]
+    assert [blame.alike(context, HERE, file(name)) for name in ("second.jsonl", "third.jsonl")] == [None, None]
 
 
-@pytest.mark.parametrize("changed", ["settings", "batch size", "libraries"])
+def test_other_bytes_under_a_name_that_is_used_again_are_another_file(context: Any) -> None:
+    assert blame.alike(context, HERE, file("data.jsonl", "one")) is None
+    assert blame.alike(context, HERE, file("data.jsonl", "two")) == "data.jsonl"
+    assert blame.alike(context, HERE, file("renamed.jsonl", "one")) is None
+
+
+@pytest.mark.parametrize("changed", ["settings", "batch size", "libraries", "device"])
 def test_what_has_trained_is_trusted_with_the_same_settings_and_libraries_only(
     context: Any, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    before = blame.training(context, 8)
+    before = blame.training(context, 8, "cuda:0 (large)")
     if changed == "settings":
         context.settings = replace(context.settings, train=replace(context.settings.train, optim="sgd"))
     if changed == "libraries":
         monkeypatch.setattr(blame, "_libraries", lambda: "torch 99")
-    assert blame.training(context, 16 if changed == "batch size" else 8) != before
+    device = "cuda:0 (small)" if changed == "device" else "cuda:0 (large)"
+    assert blame.training(context, 16 if changed == "batch size" else 8, device) != before
 
 
 @pytest.mark.parametrize("changed", ["model", "libraries"])

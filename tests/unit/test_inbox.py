@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -442,13 +443,35 @@ def test_a_large_copy_takes_a_piece_of_each_round_and_later_files_wait_for_it(fa
     drop(far, "b.jsonl", b"4", changed_at=2)
     assert box.claim(settled(box), 7) == []
     assert inbox.unrecorded(far, lambda number: number == box.copying) == []
-    assert (box.copying, box.go_on_copying()) == (7, [])
+    assert [box.copying, box.go_on_copying(), box.go_on_copying()] == [7, [], []]
     assert claimed(far).keys() == {next(iter(claimed(far)))}, "only the copy, under a name that is not its own yet"
     assert [(job.number, job.name) for job in box.go_on_copying()] == [(7, "a.jsonl")]
     assert box.copying is None
-    assert [(job.number, job.name) for job in box.claim(settled(box), 8)] == [(8, "b.jsonl")]
+    assert box.claim(settled(box), 8) == []
+    assert [(job.number, job.name) for job in box.go_on_copying()] == [(8, "b.jsonl")]
     assert claimed(far) == {"000007/a.jsonl": b"123", "000008/b.jsonl": b"4"}
     assert list(far.inbox.iterdir()) == []
+
+
+def test_many_small_copies_take_many_rounds(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_for(monkeypatch, home.inbox, errno.EXDEV)
+    monkeypatch.setattr(inbox, "COPY_S", 0.5)
+    times = iter((0.0, 0.1, 0.2, 0.6, 1.0, 1.1))
+    for number in range(5):
+        drop(home, f"{number}.jsonl", changed_at=number)
+    names = settled(box)
+    monkeypatch.setattr(inbox, "time", SimpleNamespace(monotonic=lambda: next(times), time=time.time))
+    assert [job.name for job in box.claim(names, 1)] == ["0.jsonl", "1.jsonl"]
+    assert [(job.number, job.name) for job in box.go_on_copying()] == [(3, "2.jsonl")]
+    assert box.copying is None
+
+
+def test_of_a_far_inbox_fewer_files_are_taken_at_once(home: Home, box: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.stat
+    assert box.at_once == inbox.CLAIM_AT_ONCE
+    far_away = SimpleNamespace(st_dev=-1)
+    monkeypatch.setattr(Path, "stat", lambda path: far_away if path == home.inbox else real(path))
+    assert box.at_once == inbox.COPY_AT_ONCE
 
 
 def test_a_copy_that_is_left_in_its_middle_leaves_the_original_alone(far: Home, box: Inbox) -> None:

@@ -43,6 +43,27 @@ def test_what_is_printable_stays_and_the_rest_is_escaped() -> None:
     assert printable(EVIL) == SAFE
 
 
+def test_a_log_that_cannot_be_begun_anew_is_told_and_ends_nothing(
+    home: Home,
+    open_journal: Callable[..., Journal],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    journal = open_journal()
+    journal.say("one", "one")
+    home.log.rename(home.logs / "moved.log")
+    with monkeypatch.context() as patched:
+        patched.setattr(logging.FileHandler, "_open", lambda _: disk.sync_file(home.logs / "missing"))
+        for text in ("two", "three"):
+            journal.say(text, text)
+    journal.say("four", "four")
+    assert [event["event"] for event in events(home)] == ["one", "two", "three", "four"]
+    assert home.log.read_text().endswith("four\n")
+    told = capsys.readouterr().err
+    assert told.count("daemon.log cannot be written") == 1
+    assert "Traceback" not in told
+
+
 def test_times_are_utc_with_milliseconds() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", utc_now())
 

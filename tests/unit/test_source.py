@@ -412,6 +412,20 @@ def test_a_checkpoint_of_a_trainer_without_weights_is_no_whole_one(tmp_path: Pat
     assert faults_of(tmp_path / "out") == ["checkpoint-1000: there are no weights in it"]
 
 
+def test_a_checkpoint_of_parts_that_processes_saved_has_weights(tmp_path: Path) -> None:
+    parts = trainer_checkpoint(tmp_path / "out" / "checkpoint-500", 500) / "pytorch_model_fsdp_0"
+    parts.mkdir()
+    (parts.parent / "model.safetensors").rename(parts / "__0_0.distcp")
+    assert faults_of(tmp_path / "out") == []
+
+
+def test_a_folder_of_whole_models_is_held_to_no_lineage_of_its_own(home: Home) -> None:
+    add_checkpoint(home, 5)
+    (home.root / "models").mkdir()
+    home.model.rename(home.root / "models" / "a")
+    assert faults_of(home.root / "models") == []
+
+
 def test_a_model_of_longrun_that_lost_its_lineage_is_not_whole(home: Home) -> None:
     add_checkpoint(home, 5)
     (home.model / "lineage.json").unlink()

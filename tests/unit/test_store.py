@@ -12,6 +12,7 @@ import pytest
 
 from longrun import disk
 from longrun import store as stores
+from longrun.backups import back_up
 from longrun.errors import BadBackup, Locked
 from longrun.manifest import BackupType, Manifest
 from longrun.retention import Keep
@@ -175,6 +176,33 @@ def test_any_damage_is_found_and_whom_it_concerns(store: Store, two: list[Manife
     assert found[0].backups == ([] if name in PAPERS else [two[0].id])
     assert (store.damage([two[0].id]) == found) is (name not in PAPERS)
     assert store.damage([two[1].id]) == []
+
+
+def test_sums_that_cannot_be_read_or_replaced_are_a_damage_and_keep_no_backup_from_being_made(
+    store: Store, two: list[Manifest], tmp_path: Path
+) -> None:
+    sums = store.folder(two[0].id) / "SHA256SUMS"
+    sums.unlink()
+    sums.mkdir()
+    [found] = store.damage()
+    assert found.what == f"backups/{two[0].id}/SHA256SUMS"
+    plain_model(tmp_path / "model")
+    assert back_up(store, tmp_path / "model", BackupType.MANUAL).manifest.sequence == 3
+
+
+def test_what_the_disk_refuses_to_read_of_a_store_is_a_damage(
+    store: Store, two: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = (*PAPERS, "SHA256SUMS")
+    real = Path.open
+
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name in refused:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert len(store.damage()) == len(PAPERS) + len(two)
 
 
 def test_damage_of_shared_content_concerns_all_who_share_it(store: Store, two: list[Manifest]) -> None:
