@@ -42,6 +42,7 @@ bench: .venv/bench.stamp  ## rows others lose, and what everything costs: bench/
 # constraints.txt holds the tested versions; pyproject.toml the ranges that are meant to work.
 .venv/run.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Longrun needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up .venv; the packages take some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorboard]'
 	@touch $@

@@ -60,7 +60,7 @@ def _operate(args: argparse.Namespace, home: Home, flags: dict[str, Any]) -> int
         "stop": lambda: commands.stop(home, now=args.now),
         "skip": lambda: commands.skip(home),
         "missing": lambda: commands.show_missing(home, as_json=args.json),
-        "retry": lambda: commands.retry_missing(home) if args.missing else commands.retry(home, args.name),
+        "retry": lambda: commands.retry_missing(home) if args.missing else commands.retry(home, args.names),
         "reset": lambda: commands.reset(home, flags, yes=args.yes),
         "put": lambda: commands.put(home, args.files),
         "check": lambda: commands.check(home, args.file, flags),
@@ -115,7 +115,9 @@ def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     again = command("retry", "drop a rejected (or trained) file again, or train all that is missing")
     what = again.add_mutually_exclusive_group(required=True)
-    what.add_argument("name", nargs="?", metavar="NAME", help="a file in rejected/ or trained/: it trains as a new job")
+    what.add_argument(
+        "names", nargs="*", default=[], metavar="NAME", help="files in rejected/ or trained/: each trains as a new job"
+    )
     what.add_argument(
         "--missing", action="store_true", help="what was trained here and is not in the model, in its old order"
     )

@@ -92,7 +92,7 @@ def _reason_text(job: Job) -> str:
 
 def drop_again(home: Home, name: str) -> Path:
     """Put a rejected file (or a copy of a trained one) into the inbox again; FileNotFoundError if there is none."""
-    name = Path(name).name  # `retry rejected/NAME` is what a shell completes
+    name = Path(name).name.removesuffix(REASON)  # `retry rejected/NAME` is what a shell completes, or one word more
     refused = home.rejected / name
     disk.make_folder(home.inbox)
     # Copied, never renamed: the inbox may be on another file system.

@@ -57,12 +57,12 @@ def _store(args: argparse.Namespace, home: Home) -> Store:
     if args.store:
         return Store(config.expanded(args.store).resolve())
     home.check()
-    return Store(config.load(home.settings).backup.folder(home.root))
+    return Store(config.load(home.settings, only="backup").backup.folder(home.root))
 
 
 def _keep(args: argparse.Namespace, home: Home) -> Keep:
     """Retention as the home says; of a store that is named without a home, the defaults."""
-    return config.load(home.settings).backup.keep if home.settings.exists() or not args.store else Keep()
+    return config.load(home.settings, only="backup").backup.keep if home.settings.exists() or not args.store else Keep()
 
 
 def _backup(args: argparse.Namespace, home: Home) -> int:

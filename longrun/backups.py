@@ -273,7 +273,7 @@ def stage(store: Store, manifest: Manifest, folder: Path, on_bytes: Callable[[in
 
 def _write(store: Store, manifest: Manifest, file: StoredFile, place: Path, meter: Callable[[int], None]) -> None:
     damaged = BadBackup(
-        f"nothing was restored: {file.path} of {manifest.id} is damaged or missing in the store",
+        f"nothing was restored or exported: {file.path} of {manifest.id} is damaged or missing in the store",
         hint="`verify` lists which backups are whole; backing up a folder that has this file heals it",
     )
     try:

@@ -34,17 +34,28 @@ def say(text: str = "") -> None:
 
 def show_status(home: Home, *, as_json: bool) -> int:
     """The daemon's state; exit code 3 when it does not run."""
+    home.check()
     facts = status.read(home)
     if not facts["current"]:  # else the note's steps belong together
         facts["global_step"] = status.published_step(home)
+    facts["rejected"] = sum(1 for _ in home.rejected.glob("*.reason.json"))  # those that were dropped again are not
     if facts["state"] == "stopped":
         facts |= _missing_now(home)
     if as_json:
         say(json.dumps(facts, indent=1, ensure_ascii=True))
     else:
-        for line in _status_lines(facts):
+        for line in _status_lines(facts, _hint(home, facts["state"])):
             say(printable(line))
     return ExitCode.NOT_RUNNING if facts["state"] == "stopped" else ExitCode.OK
+
+
+def _hint(home: Home, state: str) -> str:
+    """What a person may not expect of this state, or may want to type in it."""
+    if state == "stopped" and not home.state.is_dir():
+        return "no daemon has ever run here; --home or LONGRUN_HOME names another folder"
+    if state == "stopped" and requests.pending(home, requests.PAUSE) is not None:
+        return "the next daemon will start paused, until `daemon.py resume`"
+    return "by the operator; `daemon.py resume` goes on" if state == "paused" else ""
 
 
 def _missing_now(home: Home) -> dict[str, Any]:
@@ -58,17 +69,19 @@ def _missing_now(home: Home) -> dict[str, Any]:
     return {"missing": [job.name for job in jobs[:NAMES_TOLD]], "missing_files": len(jobs)}
 
 
-def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
+def _status_lines(facts: dict[str, Any], hint: str) -> Iterator[str]:
     pid = f" (pid {facts['pid']})" if facts["pid"] else ""
     yield f"home         {facts['home']}"
-    yield f"state        {facts['state']}{pid}"
+    yield f"state        {facts['state']}{pid}{f': {hint}' if hint else ''}"
     if "stale_s" in facts:
         yield f"             has not answered for {facts['stale_s']} s: it may hang"
     yield f"global step  {facts['global_step']}"
     current = facts["current"]
     if current:
         left = f", {current['eta_s']:.0f} s left" if current["eta_s"] else ""
-        yield f"training     {current['file']}: {current['done_steps']} of {current['planned_steps']} steps{left}"
+        doing = "" if current.get("started", True) else ", the model is being loaded"
+        steps = f"{current['done_steps']} of {current['planned_steps']} steps"
+        yield f"training     {current['file']}: {steps}{left}{doing}"
         yield f"             from global step {current['base_step']} to {current['target_step']}"
     yield f"queue        {facts['queued']}" + (f": {', '.join(facts['queue'][:5])}" if facts["queue"] else "")
     for name in facts.get("settling", [])[:5]:
@@ -156,7 +169,12 @@ def pause(home: Home) -> int:
 
 
 def resume(home: Home) -> int:
-    say("training goes on" if requests.clear(home, requests.PAUSE) else "it was not paused")
+    if not requests.clear(home, requests.PAUSE):
+        say("it was not paused")
+    elif locks.holder(home.daemon_lock) is None:
+        say("the next daemon will train")
+    else:
+        say("training goes on")
     return ExitCode.OK
 
 
@@ -187,8 +205,14 @@ def _check_running(home: Home) -> None:
         raise NotRunning(f"no daemon runs on {home.root}", hint="start it with `python daemon.py run`")
 
 
-def retry(home: Home, name: str) -> int:
-    """Put a rejected file, or a copy of a trained one, into the inbox again: it trains as a new job."""
+def retry(home: Home, names: list[str]) -> int:
+    """Put rejected files, or copies of trained ones, into the inbox again: each trains as a new job."""
+    for name in names:
+        _retry_one(home, name)
+    return ExitCode.OK
+
+
+def _retry_one(home: Home, name: str) -> None:
     from longrun import archive
 
     try:
@@ -200,7 +224,6 @@ def retry(home: Home, name: str) -> int:
             hint=f"rejected: {', '.join(near[:5]) or 'nothing'}",
         ) from None
     say(f"inbox/{printable(target.name)} will train from its first row")
-    return ExitCode.OK
 
 
 def retry_missing(home: Home) -> int:
@@ -273,12 +296,7 @@ def put(home: Home, files: list[Path]) -> int:
     from longrun import archive
 
     for file in files:
-        _check_is_file(file, "put")
-        if not archive.ACCEPTED.search(file.name):
-            raise LongrunError(f"cannot put {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst")
-        if archive.TEMPORARY.search(file.name):
-            why = "the inbox ignores names like this, as of files that are still being written"
-            raise LongrunError(f"cannot put {file}: {why}", hint="copy it to another name first")
+        _check_takes(file, "put")
     home.check()
     disk.make_folder(home.inbox)
     for file in files:
@@ -288,10 +306,19 @@ def put(home: Home, files: list[Path]) -> int:
     return ExitCode.OK
 
 
-def _check_is_file(file: Path, what: str) -> None:
+def _check_takes(file: Path, what: str) -> None:
+    """LongrunError unless it is a file that the inbox would take."""
+    from longrun import archive
+
     if not file.is_file():
         why = "it is not a file" if file.exists() else "there is no such file"
         raise LongrunError(f"cannot {what} {file}: {why}", hint="check the path")
+    if not archive.ACCEPTED.search(file.name):
+        why = "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
+    if archive.TEMPORARY.search(file.name):
+        why = "the inbox ignores names like this, as of files that are still being written"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
 
 
 def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
@@ -300,8 +327,9 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
     from longrun.examine import examine
     from longrun.plan import make_plan
 
-    _check_is_file(file, "check")
+    _check_takes(file, "check")
     settings = config.load(home.settings, flags=flags)
+    before = status.before(home)
     try:
         found = examine(file, on_bad_row=settings.inbox.on_bad_row, max_line_bytes=settings.inbox.max_line_bytes)
         plan = make_plan(
@@ -309,7 +337,7 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
             name=file.name,
             sha256=found.sha256,
             trainable_rows=found.rows,
-            base_step=status.published_step(home),
+            base_step=before.step,
             recipe=settings.recipe,
         )
     except BadFile as error:
@@ -322,6 +350,8 @@ def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
         say(f"    {printable(note)}")
     for problem in found.skipped:
         say(f"    skipped: line {problem.get('line')}: {printable(problem['why'])}")
+    for remark in before.remarks:
+        say(f"    {printable(remark)}")
     say(plan.sentence + " unless rows turn out to have no token to learn from")
     return ExitCode.OK
 

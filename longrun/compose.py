@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sqlite3
 import subprocess
 import sys
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 FORMER_WORKER_S = 60.0
+NEEDED = ("torch", "transformers", "accelerate", "datasets", "watchdog")
 HOME_ID = "home id"  # in the ledger
 HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a user wants to know
 
 
 def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list[Path] | None = None) -> int:
     """Run the daemon on `home` until it leaves; the exit code. Locked, BadConfig before anything was changed."""
+    check_packages()
     process.return_large_blocks(32 << 10)  # nothing here is quick because of them
     process.meet_many_names()
     settings = config.load(home.settings, flags=flags)
@@ -68,6 +71,13 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
         finally:
             ledger.close()
     return ExitCode.OK if clean or not (drain or by_hand) else ExitCode.FAILURE
+
+
+def check_packages() -> None:
+    """ModuleNotFoundError before anything is begun, as where the virtual environment was forgotten."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"{sys.executable} has no module {name}")
 
 
 def identify(home: Home, ledger: Ledger) -> str:

@@ -170,10 +170,13 @@ REFUSED = {
 }
 
 
-def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
-    """The settings in force; BadConfig names the key, its source, what is wrong and what is right."""
+def load(path: Path, *, flags: Mapping[str, Any] | None = None, only: str = "") -> Settings:
+    """The settings in force; BadConfig names the key, its source, what is wrong and what is right.
+
+    With `only`, those of that section; what is wrong elsewhere must not keep anybody from a backup.
+    """
     layers: list[tuple[str, dict[str, Any]]] = [
-        (path.name, _from_file(path)),
+        (path.name, _from_file(path, only)),
         ("environment", _from_environment(os.environ)),
         ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
     ]
@@ -181,6 +184,8 @@ def load(path: Path, *, flags: Mapping[str, Any] | None = None) -> Settings:
     sources: dict[str, str] = {}
     for source, layer in layers:
         for key, value in layer.items():
+            if only and not key.startswith(f"{only}."):
+                continue
             values[key] = _checked(key, value, source)
             sources[key] = source
     settings = Settings(
@@ -217,7 +222,7 @@ def unpinned(base_model: str) -> str:
     return base_model if base_model.startswith("/") else base_model.partition("@")[0]
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path, only: str) -> dict[str, Any]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -228,6 +233,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise BadConfig(f"cannot read {path}: {error}", hint="correct that line; numbers need no quotes") from None
     found = {}
     for section, table in tables.items():
+        if only and section != only:
+            continue
         if section not in SECTIONS:
             home = next((name for name, known in SECTIONS.items() if section in known.__dataclass_fields__), None)
             hint = f"write it below [{home}]" if home else _did_you_mean(section, list(SECTIONS))

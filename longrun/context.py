@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +77,11 @@ class Context:
     def say(self, event: str, text: str, *, level: str = "info", **facts: Any) -> None:
         self.journal.say(event, text, level=level, **facts)
 
-    def problem(self, kind: str, text: str) -> None:
+    def problem(self, kind: str, text: str, *, level: str = "error") -> None:
         """Raise a visible problem; it is told once, and stays in status until solved."""
         if self.problems.get(kind) != text:
             self.problems[kind] = text
-            self.say("problem", text, level="error", kind=kind)
+            self.say("problem", text, level=level, kind=kind)
 
     def solved(self, kind: str) -> None:
         if self.problems.pop(kind, None) is not None:
@@ -227,10 +228,11 @@ class Context:
         )
 
     def _tell_rejected(self, job: Job, reason: dict[str, Any], name: str) -> None:
+        mended = "" if reason["kind"] == "skipped" else "once it is mended there, "
         self.say(
             "rejected",
-            f"{job.name} is rejected: {_in_words(reason)} (rejected/{name}; once it is"
-            " mended there, `daemon.py retry` drops it again)",
+            f"{job.name} is rejected: {_in_words(reason)} (rejected/{name}; {mended}`daemon.py retry"
+            f" {shlex.quote(name)}` trains it from its first row)",
             level="warning",
             job=job.number,
             file=job.name,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 
+DEFAULTS = config.Settings()
+
+
 def run(home: Home, flags: dict[str, Any]) -> int:
     """Say what is wrong, and of the rest how it is; FAILURE if something is wrong."""
     fine = True
@@ -35,7 +38,9 @@ def run(home: Home, flags: dict[str, Any]) -> int:
 
 def _look_at_settings(home: Home, flags: dict[str, Any]) -> str:
     settings = config.load(home.settings, flags=flags)
-    given = [f"{key} from {source}" for key, source in settings.sources.items()]
+    given = [
+        f"{change} ({settings.sources[change.partition(' ')[0]]})" for change in config.changes(DEFAULTS, settings)
+    ]
     return f"{home.settings.name}: {', '.join(given) or 'all defaults'}"
 
 

@@ -117,7 +117,7 @@ class Inbox:
         if entry.is_symlink():
             return self._leave(entry.name, "it is a symbolic link", "copy the file itself")
         if entry.is_dir(follow_symlinks=False):
-            return self._leave(entry.name, "it is a folder", f"cp {entry.name}/*.jsonl inbox/")
+            return self._leave(entry.name, "it is a folder", f"cp inbox/{entry.name}/*.jsonl* inbox/")
         if not ACCEPTED.search(entry.name):
             return self._leave(entry.name, "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst", "rename it")
         if not entry.is_file(follow_symlinks=False):

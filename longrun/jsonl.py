@@ -234,7 +234,7 @@ def loads(text: str) -> Any:
         # Of text that ends too early, the parser names the end of the blanks behind it: in a file, the next line.
         position = min(error.pos, len(text.rstrip(" \t\r\n")))
         byte = len(text[:position].encode())
-        why = f"not JSON: {error.msg}"
+        why = f"not JSON: {error.msg.removesuffix(' at')}"
         hint = "Write one complete JSON object a line, with a JSON library"
         raise BadFile(why, kind="json", byte=byte, extract=_around(text, position), hint=hint) from None
     if _SURROGATE.search(text):

@@ -95,7 +95,8 @@ class Daemon:
 
     def _start(self) -> None:
         context = self._context
-        context.say("start", f"Longrun watches {context.home.inbox}", pid=os.getpid(), home=str(context.home.root))
+        what = f"watches {context.home.inbox}" if self._by_hand is None else f"trains in {context.home.root}"
+        context.say("start", f"Longrun {what}", pid=os.getpid(), home=str(context.home.root))
         self._recover()
         if self._by_hand is not None:
             context.only = self._admit_by_hand(self._by_hand)
@@ -163,6 +164,9 @@ class Daemon:
     def _leave(self) -> None:
         self._notifier.say("STOPPING=1")
         self._bell.stop()
+        if (run := self._runs.current) is not None:
+            text = f"leaving without a checkpoint: what {run.job.name} has trained since step {run.saved_step} is lost"
+            self._context.say("left at once", f"{text}, and trained by the next start", level="warning")
         with contextlib.suppress(OSError):  # the next start removes what is left of it
             self._inbox.abandon()
         self._runs.abandon()
@@ -245,7 +249,7 @@ class Daemon:
             self._preparation.next(now, self._context.seen)
             self._train_next(now)
         except Locked as held:
-            self._context.problem("restore", f"the next file waits: {held.message}")
+            self._context.problem("restore", f"the next file waits: {held.message}", level="warning")
         else:
             self._context.solved("restore")
 
@@ -267,7 +271,7 @@ class Daemon:
         if paused != self._paused:
             self._paused = paused
             self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
-        if self._leaving:
+        if self._leaving and not self._leaving_now:
             self._runs.stop("stop", now, "; a second signal leaves at once" if self._signals else "")
         elif paused:
             self._runs.stop("pause", now)
@@ -426,14 +430,15 @@ class Daemon:
     def _facts(self) -> dict[str, Any]:
         ledger, home = self._context.ledger, self._context.home
         run = self._runs.current
+        states = (*WAITING,) if run else (JobState.RUNNING, *WAITING)  # without a run: it was left, and is gone on with
         return {
             "state": self._state(),
             "pid": os.getpid(),
             "home": str(home.root),
             "global_step": run.global_step if run else status.published_step(home),
             "current": run.facts() if run else None,
-            "queue": [job.name for job in ledger.in_state(*WAITING, limit=QUEUE_SHOWN)],
-            "queued": ledger.count(*WAITING),
+            "queue": [job.name for job in ledger.in_state(*states, limit=QUEUE_SHOWN)],
+            "queued": ledger.count(*states),
             "settling": self._inbox.settling[:QUEUE_SHOWN],
             "left": self._inbox.left_alone[:QUEUE_SHOWN],
             "being_written": self._inbox.being_written[:QUEUE_SHOWN],

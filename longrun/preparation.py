@@ -171,7 +171,7 @@ class Preparation:
             on_bad_row=facts["on_bad_row"],
         )
         twin = context.ledger.same_content(job)
-        remarks = [*facts["notes"], *([f"same content as job {twin.number}, trained again"] if twin else [])]
+        remarks = [*facts["notes"], *([f"same content as {twin.name} before it, trained again"] if twin else [])]
         if facts["skipped_rows"]:
             skipped, first = counted(facts["skipped_rows"], "bad row"), facts["skipped"][0]
             remarks.append(f"{skipped} skipped, the first at line {first.get('line')}: {first['why']}")

@@ -63,6 +63,7 @@ class Run:
             "target_step": self.plan.target_step,
             "done_steps": self.plan.done_steps(self.global_step),
             "saved_step": self.saved_step,
+            "started": self.started,
             "loss": self.loss,
             "steps_per_s": round(self.steps_per_s, 3),
             "eta_s": self.eta_s and round(self.eta_s, 1),

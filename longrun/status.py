@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk, locks
@@ -79,6 +80,39 @@ def _empty(home: Home) -> dict[str, Any]:
         "problems": [],
     }
     return facts
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a file that is dropped now comes after."""
+
+    step: int  # the global step that is reached by then, not counting what waits
+    begun: str = ""  # the file that is being trained, or that the model is in the middle of
+    waiting: int = 0  # files whose steps nobody knows yet
+
+    @property
+    def remarks(self) -> list[str]:
+        begun = [f"after {self.begun}, which is begun and comes first"] if self.begun else []
+        waits = "file waits" if self.waiting == 1 else "files wait"
+        return [*begun, *([f"{self.waiting} {waits} before it: their steps come on top"] if self.waiting else [])]
+
+
+def before(home: Home) -> Before:
+    from longrun import archive, missing
+    from longrun.errors import BadModel
+
+    facts = read(home)
+    current = facts["current"]
+    if current:
+        return Before(current["target_step"], current["file"], facts["queued"])
+    try:
+        lineage = missing.published_lineage(home)
+    except BadModel:
+        lineage = None
+    begun = lineage.in_progress if lineage and not lineage.is_foreign(home.id) else None
+    if begun and archive.claimed_files(home, begun.plan.job):
+        return Before(begun.plan.target_step, begun.plan.name, max(0, facts["queued"] - 1))
+    return Before(published_step(home), "", facts["queued"])
 
 
 def published_step(home: Home) -> int:

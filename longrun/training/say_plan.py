@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, config
+from longrun import checkpoint, config, status
 from longrun.errors import BadFile, ExitCode
 from longrun.examine import examine
 from longrun.plan import make_plan
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from longrun.home import Home
+    from longrun.lineage import InProgress
 
 
 def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
@@ -26,25 +27,33 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
     newest = _newest(home)
     if newest is not None:
         config.check_model(settings, newest.lineage, home.root)
-    step = newest.global_step if newest else 0
+    before = status.before(home)
+    step = before.step
     tokenizer = load_tokenizer(
         str(newest.path) if newest else settings.model.base_model,
         trust_remote_code=settings.model.trust_remote_code,
     )
     encoder = Encoder(tokenizer, max_length=settings.train.max_length)
     code = ExitCode.OK
+    if before.begun:
+        print(f"after {before.begun}, which is begun and comes first, to global step {step}")  # noqa: T201
     for file in files:
         try:
-            step = _say_one(file, settings, encoder, step)
+            step = _say_one(file, settings, encoder, step, newest.lineage.in_progress if newest else None)
         except BadFile as error:
             print(f"{file}: would be rejected: {error}")  # noqa: T201
             code = ExitCode.FAILURE
     return code
 
 
-def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int) -> int:
+def _say_one(file: Path, settings: config.Settings, encoder: Encoder, step: int, begun: InProgress | None) -> int:
     inbox = settings.inbox
     found = examine(file, on_bad_row=inbox.on_bad_row, max_line_bytes=inbox.max_line_bytes)
+    if begun and begun.plan.sha256 == found.sha256:
+        left = begun.plan.planned_steps - begun.done_steps
+        print(f"{file}: the model is in the middle of it, {left} of its steps are left")  # noqa: T201
+        print(begun.plan.sentence)  # noqa: T201
+        return max(step, begun.plan.target_step)
     tally = count(file, found.format, inbox.on_bad_row, inbox.max_line_bytes, encoder)
     plan = make_plan(
         job=0,

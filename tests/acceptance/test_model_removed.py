@@ -100,5 +100,5 @@ def test_a_removal_costs_a_file_no_attempt(story):
 
 
 def test_the_same_file_dropped_again_is_trained_again_and_said_to_be_the_same(story):
-    assert "first.jsonl: 24 rows (messages); same content as job 1, trained again" in story.log
+    assert "first.jsonl: 24 rows (messages); same content as first.jsonl before it, trained again" in story.log
     assert {"first.jsonl", "first.2.jsonl"} <= story.names("trained")

@@ -228,6 +228,19 @@ def test_a_pause_does_not_take_back_a_skip(lab):
     lab.wait_until(lambda: "a.jsonl" in lab.names("rejected"))
 
 
+def test_who_leaves_at_once_says_what_is_lost_and_what_is_gone_on_with(lab):
+    lab.drop_rows("a", 8 * 2 * STEPS)
+    daemon = lab.start(LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "saved" for event in lab.events))
+    lab.command("stop", "--now")
+    assert daemon.wait(60) == 0
+    assert "leaving without a checkpoint: what a.jsonl has trained since step " in lab.log
+    assert "at the next step boundary" not in lab.log
+    assert (lab.status["queued"], lab.status["queue"]) == (1, ["a.jsonl"])
+    assert lab.drain() == 0
+    lab.check()
+
+
 def test_train_py_that_was_told_to_leave_says_that_the_file_is_not_trained(lab):
     file = lab.home / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in numbered("a", 8 * STEPS)))
@@ -305,6 +318,16 @@ def test_a_file_that_the_preparer_dies_over_is_at_fault_itself_where_others_were
     assert lab.drain(faults=[kill]) == 1
     assert {name for name in lab.names("rejected") if name.endswith("jsonl")} == {"poison.jsonl", "poison-too.jsonl"}
     assert "after.jsonl" in lab.names("trained")
+
+
+def test_tokens_that_the_model_has_not_cost_the_queue_one_file(lab):
+    for name in "ab":
+        lab.drop_rows(f"beyond-{name}", 8)
+    lab.drop_rows("c", 8)
+    assert lab.drain() == 1
+    assert lab.names("rejected") == {"beyond-a.jsonl", "beyond-a.jsonl.reason.json"}
+    assert "paused: worker. beyond-b.jsonl: its rows have the token '<extra>' (9)" in lab.log
+    assert "as beyond-a.jsonl before it, and nothing was ever trained" in lab.log
 
 
 def test_a_preparer_that_cannot_start_is_a_problem_and_no_files_fault(lab):

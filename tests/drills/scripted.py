@@ -32,6 +32,7 @@ from longrun.plan import Plan  # noqa: E402
 
 NOW = "2026-01-01T00:00:00.000+00:00"
 WEIGHTS = "model.safetensors"
+BEYOND = "beyond"  # how files begin that have tokens which the model has not
 
 
 def step_s() -> float:
@@ -61,6 +62,8 @@ class Worker:
 
     def train(self, task: wire.Train) -> wire.Message:
         plan = Plan.from_dict(task.plan)
+        if plan.name.startswith(BEYOND):
+            raise BadFile("its rows have the token '<extra>' (9), and the model has tokens up to 8", kind="token")
         newest = checkpoint.Verifier().verify(Path(task.checkpoint)) if task.checkpoint else None
         lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=task.base_model)
         seen = weights_in(newest.path) if newest else []
@@ -149,6 +152,8 @@ def _in_words(trainer: Worker, task: wire.Train) -> wire.Message:
         return trainer.train(task)
     except ModelRemoved as error:
         return wire.Failed(job=job, kind="model removed", why=str(error))
+    except BadFile as error:
+        return wire.Failed(job=job, kind=error.kind, why=error.why)
     except checkpoint.Damaged as error:
         return wire.Failed(job=job, kind="crash", why=str(error))
     except OSError as error:

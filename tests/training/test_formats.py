@@ -79,9 +79,18 @@ def prepared(tmp_path, name, content):
 def prepared_rows(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    found = examine(path)
     tokenizer = load_tokenizer("tiny", trust_remote_code=False)
-    task = wire.Prepare(
+    task = task_of(path, tmp_path / "job" / "prepared")
+    (tmp_path / "job").mkdir()
+    facts = prepare(task, Encoder(tokenizer, max_length=1024), lambda _: None)
+    rows = Dataset.from_file(str(tmp_path / "job" / "prepared" / ROWS))
+    assert facts["trainable_rows"] == len(rows)
+    return rows, tokenizer
+
+
+def task_of(path, folder):
+    found = examine(path)
+    return wire.Prepare(
         job=1,
         path=str(path),
         sha256=found.sha256,
@@ -89,16 +98,11 @@ def prepared_rows(tmp_path, name, content):
         on_bad_row="reject",
         max_line_bytes=1 << 20,
         max_length=1024,
-        folder=str(tmp_path / "job" / "prepared"),
+        folder=str(folder),
         base_model="tiny",
         tokenizer="tiny",
         trust_remote_code=False,
     )
-    (tmp_path / "job").mkdir()
-    facts = prepare(task, Encoder(tokenizer, max_length=1024), lambda _: None)
-    rows = Dataset.from_file(str(tmp_path / "job" / "prepared" / ROWS))
-    assert facts["trainable_rows"] == len(rows)
-    return rows, tokenizer
 
 
 def trained_parts(row, tokenizer):
@@ -119,6 +123,18 @@ def test_exactly_the_answers_are_trained(tmp_path, name):
     row, expected = FORMATS[name]
     found, tokenizer = prepared(tmp_path, "a.jsonl", (json.dumps(row) + "\n").encode())
     assert trained_parts(found, tokenizer) == expected
+
+
+def test_each_file_is_told_how_it_was_masked_by_what_it_holds_itself(tmp_path):
+    encoder = Encoder(load_tokenizer("tiny", trust_remote_code=False), max_length=1024)
+    told = {}
+    for name in ("text", "messages", "text again"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(FORMATS[name.partition(" ")[0]][0]) + "\n")
+        (tmp_path / name).mkdir()
+        told[name] = prepare(task_of(path, tmp_path / name / "prepared"), encoder, lambda _: None)["mask_source"]
+    assert told["text"] == told["text again"] == "no template needed"
+    assert told["messages"] == encoder.mask_source
 
 
 @pytest.mark.parametrize("ending", PACKINGS)

@@ -274,6 +274,14 @@ def test_verify_names_what_is_damaged_and_whom_it_concerns(trained: Home, said: 
     assert "nothing was restored" not in said("restore", "latest")
 
 
+def test_a_mistake_elsewhere_in_the_settings_keeps_nobody_from_a_backup(trained: Home, said: Any) -> None:
+    trained.settings.write_text('lerning_rate = 1\n[train]\nlerning_rate = 1\n[backup]\nstore = "elsewhere"\n')
+    said("backup", "current_model", "--type", "pre_recovery")
+    assert (trained.root / "elsewhere" / "objects").is_dir()
+    trained.settings.write_text("[backup]\nstoer = 1\n")
+    assert "did you mean store?" in said("list", code=78)
+
+
 def test_verify_says_of_each_damage_what_mends_it_and_that_does(trained: Home, said: Any, capsys: Any) -> None:
     first, second = (json.loads(said("backup", "current_model", "--json"))["id"] for _ in range(2))
     said("export", first, "copy")

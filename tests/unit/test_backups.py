@@ -429,7 +429,9 @@ def test_damaged_content_never_takes_the_place_of_anything(
 ) -> None:
     before = state_of(model)
     damage(store.object(next(file.sha256 for file in changed.files if file.path == name)), how)
-    with pytest.raises(BadBackup, match=f"nothing was restored: {name} of {changed.id} is damaged or missing"):
+    with pytest.raises(
+        BadBackup, match=f"nothing was restored or exported: {name} of {changed.id} is damaged or missing"
+    ):
         restore(store, changed, model)
     assert state_of(model) == before
     assert sorted(path.name for path in model.parent.iterdir()) == ["backups", "model"]

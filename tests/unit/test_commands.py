@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from longrun.errors import BadConfig, LongrunError, NotRunning
 from longrun.home import Home
 from longrun.job import JobState
 from longrun.ledger import Ledger
-from longrun.lineage import InProgress
+from longrun.lineage import InProgress, Lineage
 from tests.unit.builders import job, lineage_at, plan_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFi
         "rejected": 2,
     }
     note(home, state="training", global_step=11, current=CURRENT, queue=names, queued=6, **told)
+    (home.rejected / "x.jsonl.reason.json").write_bytes(b"{}")  # the other one was dropped again
     assert commands.show_status(home, as_json=False) == 0
     shown = capsys.readouterr().out
     for line in (
@@ -67,7 +69,7 @@ def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFi
         r"training     evil\n.jsonl: 1 of 4 steps, 3 s left" + "\n             from global step 10 to 14\n",
         "queue        6: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl\n",
         "             inbox/w.jsonl is still being written\n",
-        "rejected     2  (rejected/*.reason.json say why)\n",
+        "rejected     1  (rejected/*.reason.json say why)\n",
         "problem      paused: disk\n",
     ):
         assert line in shown
@@ -92,6 +94,29 @@ def test_the_step_of_a_stopped_daemon_is_that_of_the_model(home: Home, capsys: p
     assert json.loads(capsys.readouterr().out)["global_step"] == 50
 
 
+@pytest.mark.usefixtures("daemon")
+def test_status_says_what_to_do_about_a_pause_and_what_the_first_minute_is_for(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note(home, state="paused")
+    commands.show_status(home, as_json=False)
+    assert f"state        paused (pid {os.getpid()}): by the operator; `daemon.py resume`" in capsys.readouterr().out
+    note(home, state="training", current=CURRENT | {"started": False})
+    commands.show_status(home, as_json=False)
+    assert "1 of 4 steps, 3 s left, the model is being loaded\n" in capsys.readouterr().out
+
+
+def test_status_of_no_daemon_says_what_may_not_be_expected(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.pause(home)
+    commands.show_status(home, as_json=False)
+    assert "stopped: the next daemon will start paused, until `daemon.py resume`" in capsys.readouterr().out
+    disk.remove_tree(home.state, home.root / "trash")
+    commands.show_status(home, as_json=False)
+    assert "stopped: no daemon has ever run here; --home or LONGRUN_HOME names" in capsys.readouterr().out
+    with pytest.raises(BadConfig, match="there is no such folder"):
+        commands.show_status(Home(home.root / "mistyped"), as_json=False)
+
+
 # -- requests
 
 
@@ -108,6 +133,12 @@ def test_pause_and_resume_are_told_apart(home: Home, capsys: pytest.CaptureFixtu
     assert "pausing at the next step boundary" in capsys.readouterr().out
     assert [commands.resume(home), commands.resume(home)] == [0, 0]
     assert capsys.readouterr().out == "training goes on\nit was not paused\n"
+
+
+def test_resume_without_a_daemon_promises_no_training_now(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.pause(home)
+    commands.resume(home)
+    assert capsys.readouterr().out.endswith("the next daemon will train\n")
 
 
 @pytest.mark.parametrize("now", [False, True])
@@ -266,13 +297,22 @@ def test_only_files_that_are_gone_ask_for_nothing(model_lost: Home, capsys: pyte
 
 def test_retry_tells_the_names_there_are(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(LongrunError, match="rejected: nothing"):
-        commands.retry(home, "x.jsonl")
+        commands.retry(home, ["x.jsonl"])
     (home.rejected / "y.jsonl").write_bytes(GOOD)
     (home.rejected / "y.jsonl.reason.json").write_bytes(b"{}")
     with pytest.raises(LongrunError, match=r"cannot retry x.jsonl: .* rejected: y.jsonl$"):
-        commands.retry(home, "x.jsonl")
-    assert commands.retry(home, "y.jsonl") == 0
+        commands.retry(home, ["x.jsonl"])
+    assert commands.retry(home, ["y.jsonl"]) == 0
     assert capsys.readouterr().out == "inbox/y.jsonl will train from its first row\n"
+
+
+def test_retry_takes_many_names_and_those_of_their_reasons(home: Home) -> None:
+    for name in ("x", "y"):
+        (home.rejected / f"{name}.jsonl").write_bytes(GOOD)
+        (home.rejected / f"{name}.jsonl.reason.json").write_bytes(b"{}")
+    assert commands.retry(home, ["rejected/x.jsonl", "rejected/y.jsonl.reason.json"]) == 0
+    assert sorted(path.name for path in home.inbox.iterdir()) == ["x.jsonl", "y.jsonl"]
+    assert list(home.rejected.iterdir()) == []
 
 
 def test_put_copies_all_files_or_none(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +343,39 @@ def test_check_tells_the_plan_without_training(home: Home, tmp_path: Path, capsy
     told = capsys.readouterr().out
     assert f"x.jsonl: good. 16 rows (text), {len(GOOD)} bytes\n" in told
     assert "This file will train for 2 steps (reaching global step 2) unless" in told
+
+
+@pytest.mark.parametrize("command", ["put", "check"])
+@pytest.mark.parametrize("name", ["notes.txt", "x.json", ".x.jsonl", "x.jsonl.part"])
+def test_what_the_inbox_would_leave_alone_is_neither_put_nor_good(
+    home: Home, tmp_path: Path, command: str, name: str
+) -> None:
+    (tmp_path / name).write_bytes(GOOD)
+    with pytest.raises(LongrunError, match=rf"cannot {command} .*{name}: .*; copy it to another name first"):
+        commands.check(home, tmp_path / name, {}) if command == "check" else commands.put(home, [tmp_path / name])
+
+
+def test_check_counts_from_where_the_files_before_it_end(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    home.id_file.write_text("this home")
+    plan = replace(plan_of(80, base_step=5, job=4, home="this home"), name="begun.jsonl")
+    begun = InProgress(plan=plan, done_steps=2, loss_sum=0.0, last_loss=None)
+    home.model.mkdir()
+    (home.model / "lineage.json").write_text(Lineage(lineage="l", base_model="tiny").at(begun).to_json())
+    (home.model / "trainer_state.json").write_text('{"global_step": 7}')
+    note(home, queued=2, queue=["begun.jsonl", "other.jsonl"])
+    home.claimed(4).mkdir(parents=True)
+    (home.claimed(4) / "begun.jsonl").write_bytes(GOOD)
+    commands.check(home, tmp_path / "x.jsonl", {})
+    told = capsys.readouterr().out
+    assert f"(reaching global step {plan.target_step + 2})" in told
+    assert "    after begun.jsonl, which is begun and comes first\n" in told
+    assert "    1 file waits before it: their steps come on top\n" in told
+    disk.remove_tree(home.job(4), home.staging)
+    commands.check(home, tmp_path / "x.jsonl", {})
+    assert "(reaching global step 9)" in capsys.readouterr().out, "whose file is gone is not gone on with"
 
 
 def test_check_tells_why_a_file_would_be_rejected(

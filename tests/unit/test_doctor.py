@@ -22,7 +22,7 @@ def test_the_doctor_finds_a_healthy_home_healthy(
     assert doctor.run(home, {"train.seed": 5}) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == ["ok"] * len(doctor._EXAMINATIONS)
-    assert "ok   settings     longrun.toml: train.seed from flag" in told
+    assert "ok   settings     longrun.toml: train.seed 42 -> 5 (flag)" in told
     assert "ok   device       cpu" in told
     assert not list(home.inbox.iterdir())
 
