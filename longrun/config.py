@@ -373,6 +373,11 @@ def check_model(settings: Settings, lineage: Lineage, home: Path) -> None:
             f"base_model is {wanted} ({given}), but the current model grew from {grown}",
             hint="to begin anew: `daemon.py reset`; to go on: take base_model back",
         )
+    check_optim(settings, lineage)
+
+
+def check_optim(settings: Settings, lineage: Lineage) -> None:
+    """BadConfig when the optimizer of the settings cannot go on from the state that is beside the weights."""
     optim, source = settings.train.optim, settings.sources.get("train.optim", "default")
     if lineage.optim and _same_moments(optim) != _same_moments(lineage.optim):
         raise BadConfig(

@@ -169,9 +169,12 @@ class Context:
         self.settings = fresh
 
     def check_settings(self, newest: checkpoint.Checkpoint | None) -> None:
-        """BadConfig when those in force are not for this model."""
+        """BadConfig when this model, which perhaps was put there just now, cannot be trained with those in force.
+
+        A model of another base is gone on with as what it is.
+        """
         if newest is not None:
-            config.check_model(self.settings, newest.lineage, self.home.root)
+            config.check_optim(self.settings, newest.lineage)
 
     def _instead(self, newest: checkpoint.Checkpoint | None) -> str:
         """What holds while the settings file is not good."""

@@ -53,6 +53,7 @@ class History:
         self._befalls = [self.drop_whole, *(what for what in self._what_befalls() if self.dice.random() < some)]
         self._dropped = 0
         self._reported = 0  # saved up to this step, people were told
+        self._trained: set[int] = set()  # jobs that people were told are trained
         self._buried: set[str] = set()  # lineages of models that were removed
         self._removed = self._forgotten = False
         self.happened: collections.Counter[str] = collections.Counter()
@@ -97,7 +98,11 @@ class History:
 
     def _hear(self, facts: dict[str, Any]) -> None:
         self._tell(f"    {facts['event']}: {facts['message']}")
-        if facts["event"] in ("saved", "trained"):
+        if facts["event"] == "trained":
+            # Once more it is told of a file that was being taken back when the daemon died: of a model before this one.
+            news = facts["job"] not in self._trained
+            self._trained.add(facts["job"])
+        if facts["event"] == "saved" or (facts["event"] == "trained" and news):
             self._reported = max(self._reported, facts["global_step"])
         elif facts["event"] == "model removed":
             self._reported = 0

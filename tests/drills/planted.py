@@ -249,7 +249,7 @@ FAULTS = (
     Fault(
         "a queue emptied into rejected by what all its files would fail with",
         "longrun/blame.py",
-        "return None if other in (TRAINED, name) else other",
+        "return None if before in (None, WORKED) or before[0] == this[0] else before[1]",
         "return None",
         "unit/test_blame.py",
     ),

@@ -59,13 +59,14 @@ def weights_in(folder: Path) -> list[list[Any]]:
 class Worker:
     home: Home
     channel: wire.Channel
+    optim: str
 
     def train(self, task: wire.Train) -> wire.Message:
         plan = Plan.from_dict(task.plan)
         if plan.name.startswith(BEYOND):
             raise BadFile("its rows have the token '<extra>' (9), and the model has tokens up to 8", kind="token")
         newest = checkpoint.Verifier().verify(Path(task.checkpoint)) if task.checkpoint else None
-        lineage = newest.lineage if newest else Lineage(lineage=task.lineage, base_model=task.base_model)
+        lineage = newest.lineage if newest else self._new_lineage(task)
         seen = weights_in(newest.path) if newest else []
         assert len(seen) == lineage.global_step
         assert int((Path(task.prepared) / ROWS).read_text()) == plan.rows + plan.held_out_rows
@@ -84,6 +85,9 @@ class Worker:
                     self._save(model, task, seen, _lineage_at(before, progress))
             stopped = "" if progress.done_steps == plan.planned_steps else stopped
             return wire.Ended(job=plan.job, global_step=progress.global_step, stopped=stopped)
+
+    def _new_lineage(self, task: wire.Train) -> Lineage:
+        return Lineage(lineage=task.lineage, base_model=task.base_model, optim=self.optim)
 
     def _step(self, plan: Plan, progress: InProgress, seen: list[list[Any]]) -> InProgress:
         size = plan.recipe.batch_size
@@ -135,11 +139,11 @@ def _lineage_at(before: Lineage, progress: InProgress) -> Lineage:
     return before.ended(progress, outcome="trained", finished_at=NOW, eval_loss=None)
 
 
-def work(home: Home, socket: Path) -> None:
+def work(home: Home, socket: Path, optim: str = "") -> None:
     with locks.Lock.take(home.model_lock, what="scripted worker", wait_s=10.0):
         channel = wire.connect(socket)
         channel.send(wire.Hello(pid=os.getpid(), role="worker", device="none"))
-        trainer = Worker(home, channel)
+        trainer = Worker(home, channel, optim)
         while True:
             for message in channel.receive(None):
                 if isinstance(message, wire.Train):
@@ -215,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if args.worker:
-            work(Home(args.home), args.worker)
+            work(Home(args.home), args.worker, json.loads(args.options)["optim"])
         else:
             prepare(args.preparer)
     except wire.Closed:
