@@ -45,6 +45,7 @@ _ASKS_THE_DAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of the rendered text, the end excluded
 
+_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A template is a program that came with the model: besides its own refusals it fails like any Python on a
 # message without the key, or with the type, that it reads.
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -300,21 +301,20 @@ def _choose_mask_source(tokenizer: PreTrainedTokenizerBase) -> tuple[MaskSource,
     """How masks come about, and the template to train with where it is not the model's own."""
     if tokenizer.chat_template is None:
         return MaskSource.NONE, None
-    # Here because it takes seconds, and rows of plain text do without.
+    if _has_markers(tokenizer):  # TRL would ask more of them than we do: that no turn is ever rewritten
+        return MaskSource.OWN_MARKERS, None
+    # Here because with torch it takes seconds, which many files do without.
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        template = get_training_chat_template(tokenizer)
-    except _TEMPLATE_FAILURES:  # unknown to TRL, which also wants more of markers than we do: no turn ever rewritten
-        return (MaskSource.OWN_MARKERS if _has_markers(tokenizer) else MaskSource.PREFIX_DIFFERENCES), None
-    return (MaskSource.TRAINING_TEMPLATE if template else MaskSource.OWN_MARKERS), template
+        return MaskSource.TRAINING_TEMPLATE, get_training_chat_template(tokenizer)
+    except _TEMPLATE_FAILURES:  # unknown to TRL
+        return MaskSource.PREFIX_DIFFERENCES, None
 
 
 def _has_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    from trl.chat_template_utils import has_generation_markers
-
     try:
-        return bool(has_generation_markers(tokenizer.get_chat_template()))
+        return _MARKER.search(tokenizer.get_chat_template()) is not None
     except ValueError:  # it has several, and none for conversations without tools
         return False
 

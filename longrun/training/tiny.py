@@ -1,13 +1,18 @@
 """The built-in tiny model: made in code in a moment, so that everything runs without a download.
 
-A two-layer Llama over bytes. It can learn to answer a handful of questions, which is all a demo needs.
+A two-layer Llama over bytes. It can learn to answer a handful of questions, which is all a demo needs. Its tokenizer is
+made without torch, whose import is most of what a first file has to wait for.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_POSITIONS = 4096
 SEED = 20251116
@@ -46,6 +51,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model() -> PreTrainedModel:
     """About 90,000 random weights, the same each time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, tzinfo
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trl.chat_template_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from longrun.errors import BadFile
 from longrun.rows import ChatRow, CompletionRow, TextRow
+from longrun.training import masks
 from longrun.training.masks import IGNORED, Encoded, Encoder, MaskSource
 
 from .templates import FAMILIES, FORGETFUL, MARKED, random_weights_folder, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from longrun.rows import Row
 
 USER = {"role": "user", "content": "Où?"}
@@ -548,3 +550,25 @@ def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_no_template_that_trl_has_a_better_one_for_has_markers_of_its_own():
+    """Else TRL would have to be asked about those, too."""
+    folder = Path(trl.chat_template_utils.__file__).with_name("chat_templates")
+    replaced = [path for path in folder.glob("*.jinja") if path.with_name(f"{path.stem}_training.jinja").exists()]
+    assert len(replaced) > 10
+    assert not [path.name for path in replaced if masks._MARKER.search(path.read_text())]
+
+
+def test_a_template_with_markers_of_its_own_is_rendered_without_waiting_for_torch():
+    code = """if True:
+        import sys
+        from longrun.rows import ChatRow
+        from longrun.training.base_model import load_tokenizer
+        from longrun.training.masks import Encoder
+        encoder = Encoder(load_tokenizer("tiny", trust_remote_code=False), max_length=64)
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        assert encoder.encode(ChatRow(messages=messages)).trained_tokens
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
