@@ -165,8 +165,9 @@ class Daemon:
         self._notifier.say("STOPPING=1")
         self._bell.stop()
         if (run := self._runs.current) is not None:
-            text = f"leaving without a checkpoint: what {run.job.name} has trained since step {run.saved_step} is lost"
-            self._context.say("left at once", f"{text}, and trained by the next start", level="warning")
+            steps = f"the steps of {run.job.name} since global step {run.saved_step}"
+            text = f"leaving without a checkpoint: {steps} are done again by the next start"
+            self._context.say("left at once", text, level="warning")
         with contextlib.suppress(OSError):  # the next start removes what is left of it
             self._inbox.abandon()
         self._runs.abandon()

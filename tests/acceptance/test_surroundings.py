@@ -229,7 +229,7 @@ def test_who_leaves_at_once_says_what_is_lost_and_what_is_gone_on_with(lab):
     lab.wait_until(lambda: any(event["event"] == "saved" for event in lab.events))
     lab.command("stop", "--now")
     assert daemon.wait(60) == 0
-    assert "leaving without a checkpoint: what a.jsonl has trained since step " in lab.log
+    assert "leaving without a checkpoint: the steps of a.jsonl since global step " in lab.log
     assert "at the next step boundary" not in lab.log
     assert (lab.status["queued"], lab.status["queue"]) == (1, ["a.jsonl"])
     assert lab.drain() == 0

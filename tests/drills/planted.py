@@ -247,6 +247,13 @@ FAULTS = (
         "unit/test_recovery.py",
     ),
     Fault(
+        "a file published behind a removal that nobody knows for ours",
+        "longrun/checkpoint.py",
+        """        ours[name] = _signature(fresh)\n        _note(home, lineage, ours)""",
+        """        ours[name] = _signature(fresh)""",
+        "unit/test_checkpoint.py",
+    ),
+    Fault(
         "a queue emptied into rejected by what all its files would fail with",
         "longrun/blame.py",
         "return None if before in (None, WORKED) or before[0] == this[0] else before[1]",
