@@ -272,7 +272,9 @@ class Daemon:
         if paused != self._paused:
             self._paused = paused
             self._context.say("paused" if paused else "resumed", "paused by the operator" if paused else "resumed")
-        if self._leaving and not self._leaving_now:
+        if self._leaving_now:
+            return
+        if self._leaving:
             self._runs.stop("stop", now, "; a second signal leaves at once" if self._signals else "")
         elif paused:
             self._runs.stop("pause", now)

@@ -45,6 +45,7 @@ _ASKS_THE_DAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # characters of the rendered text, the end excluded
 
+# As TRL's has_generation_markers, whose import takes seconds.
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A template is a program that came with the model: besides its own refusals it fails like any Python on a
 # message without the key, or with the type, that it reads.

@@ -28,6 +28,7 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
     if newest is not None:
         config.check_model(settings, newest.lineage, home.root)
     before = status.before(home)
+    begun = newest.lineage.in_progress if newest and (before.begun or newest.lineage.is_foreign(home.id)) else None
     step = before.step
     tokenizer = load_tokenizer(
         str(newest.path) if newest else settings.model.base_model,
@@ -39,7 +40,7 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
         print(f"after {before.begun}, which is begun and comes first, to global step {step}")  # noqa: T201
     for file in files:
         try:
-            step = _say_one(file, settings, encoder, step, newest.lineage.in_progress if newest else None)
+            step = _say_one(file, settings, encoder, step, begun)
         except BadFile as error:
             print(f"{file}: would be rejected: {error}")  # noqa: T201
             code = ExitCode.FAILURE
