@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from longrun.ledger import Ledger
     from longrun.notify import Notifier
 
+
+EDITED_S = 0.2  # between two looks at an edited longrun.toml
+LOOKS = 10  # at most; what is edited without end is read as it is
 
 SOLVED = {
     "room": "there is room for the next checkpoint",
@@ -149,7 +153,7 @@ class Context:
 
     def reload_settings(self, newest: checkpoint.Checkpoint | None) -> None:
         """Take up an edited longrun.toml; one that is wrong changes nothing and raises a problem."""
-        seen = (disk.signature(self.home.settings), newest and (newest.lineage.base_model, newest.lineage.optim))
+        seen = (self._settings_file(), newest and (newest.lineage.base_model, newest.lineage.optim))
         if seen == self._settings_seen:
             return
         self._settings_seen = seen
@@ -167,6 +171,17 @@ class Context:
         if fresh.log != self.settings.log:
             self.journal.configure(fresh.log)
         self.settings = fresh
+
+    def _settings_file(self) -> tuple[int, ...]:
+        """Which longrun.toml there is, once two looks agree: most editors empty a file before they write it."""
+        seen = disk.signature(self.home.settings)
+        if self._settings_seen and seen != self._settings_seen[0]:
+            for _ in range(LOOKS):
+                time.sleep(EDITED_S)
+                before, seen = seen, disk.signature(self.home.settings)
+                if seen == before:
+                    break
+        return seen
 
     def check_settings(self, newest: checkpoint.Checkpoint | None) -> None:
         """BadConfig when this model, which perhaps was put there just now, cannot be trained with those in force.
