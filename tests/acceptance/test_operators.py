@@ -360,12 +360,19 @@ def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab
     assert not lab.model.exists()
 
     command = [sys.executable, str(REPOSITORY / "train.py"), str(first), str(second), "--home", str(lab.home)]
-    faults = [{"at": STEP, "role": "worker", "row": "Say one-0050.", "do": "kill both", "once": "middle"}]
-    codes = [
-        subprocess.run(command, env=lab.environment(faults), timeout=LIMIT_S, capture_output=True).returncode
-        for _ in range(2)
-    ]
-    assert codes == [-signal.SIGKILL, 0]
+    faults = [{"at": STEP, "role": "worker", "nth": 8, "do": "kill both", "once": "middle"}]
+
+    def train():
+        return subprocess.run(command, env=lab.environment(faults), timeout=LIMIT_S, capture_output=True).returncode
+
+    assert train() == -signal.SIGKILL
+    said = lab.command("--plan", str(first), str(second), program="train.py").stdout
+    left = 12 - lab.lineage["in_progress"]["done_steps"]
+    assert f"{first}: the model is in the middle of it, {left} of its steps are left" in said
+    assert "This file will train for 12 steps (reaching global step 12)" in said
+    assert "This file will train for 12 steps (reaching global step 24)" in said
+    assert "after one.jsonl, which is begun and comes first\n" in lab.command("check", str(second)).stdout
+    assert train() == 0
     assert lab.global_step == 24
     assert lab.times_trained("one", 96) == lab.times_trained("two", 96) == {1: 96}
     assert lab.times_trained("not-mine", 8) == {0: 8}
