@@ -32,7 +32,11 @@ UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
 WORDS = ["sum", "apple", "river", "seven", "green", "train", "paper", "cloud", "maple", "stone"]
 LIMIT_S = 3600
 SETTINGS = f"[train]\nbatch_size = {BATCH}\nlearning_rate = {RATE}\nsave_steps = {SAVE_STEPS}\nlogging_steps = 1\n"
-APART = "a folder with virtual environments `axolotl` and `llamafactory`, in which these are installed"
+LIBRARIES = ("torch", "transformers", "accelerate", "trl")
+APART = (
+    "a folder with virtual environments `axolotl` and `llamafactory`, in which these are installed, the latter with a"
+    " torchvision made for its torch"
+)
 
 
 @dataclass(frozen=True)
@@ -181,15 +185,18 @@ def count(probe: Path, rows: dict[str, int], outcome: Outcome) -> None:
 # -- the report
 
 
-def report(outcomes: dict[str, list[Outcome]], absent: list[str], rows: dict[str, int], folder: Path) -> str:
+def report(outcomes: dict[str, list[Outcome]], chosen: dict[Recipe, Path], rows: dict[str, int], folder: Path) -> str:
     planned = sum(math.ceil(count / BATCH) for count in rows.values())
     head = ("recipe", "rows never trained", "rows trained more than once", "steps", "learning rate", "steps in Adam",
             "after the kill", "wall, s")  # fmt: skip
     lines = [line(name, found, rows) for name, found in outcomes.items()]
+    absent = [recipe.name for recipe in chosen if recipe.name not in outcomes]
+    apart = {recipe.program: python for recipe, python in chosen.items() if recipe.apart and recipe.name in outcomes}
     return f"""## Rows lost, {sum(rows.values()):,} rows in {len(rows)} files
 
 {results.machine(folder)}
-- {results.packages("torch", "transformers", "accelerate", "trl")}
+- {results.packages(*LIBRARIES)}
+{"".join(f"- apart: {packages_of(python, program, *LIBRARIES)}{chr(10)}" for program, python in apart.items())}\
 {"".join(f"- not installed, left out: {name}{chr(10)}" for name in absent)}
 Files of {", ".join(map(str, rows.values()))} rows, one epoch of each, {BATCH} rows a step: {planned} steps and
 {sum(rows.values())} rows are to be trained. A checkpoint every {SAVE_STEPS} steps; SIGKILL in the middle of the third
@@ -200,6 +207,13 @@ the rest is of the first round.
 
 {results.table(head, lines)}
 """
+
+
+def packages_of(python: Path, *names: str) -> str:
+    """As `results.packages`, of another environment."""
+    code = "import sys; from bench import results; print(results.packages(*sys.argv[1:]))"
+    command = [python, "-c", code, *names]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def line(name: str, found: list[Outcome], rows: dict[str, int]) -> list[str]:
@@ -226,8 +240,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     chosen = {recipe: args.apart / recipe.program if recipe.apart else Path(sys.prefix) for recipe in RECIPES}
     chosen = {recipe: place / "bin" / "python" for recipe, place in chosen.items() if args.only in recipe.name}
-    absent = [recipe.name for recipe, python in chosen.items() if not python.exists()]
-    outcomes: dict[str, list[Outcome]] = {recipe.name: [] for recipe in chosen if recipe.name not in absent}
+    outcomes: dict[str, list[Outcome]] = {recipe.name: [] for recipe, python in chosen.items() if python.exists()}
+    section = "rows lost, given files" if args.data else "rows lost"
     with tempfile.TemporaryDirectory(prefix="bench-rows-", dir=args.folder) as work_in:
         folder = Path(work_in).resolve()
         make_base(folder / "base")
@@ -239,8 +253,7 @@ def main(argv: list[str]) -> None:
                     outcomes[recipe.name].append(play(recipe, home, folder / "files", rows, python))
                     told = " | ".join(line(recipe.name, outcomes[recipe.name][-1:], rows))
                     print(f"round {number + 1} of {args.rounds}: {told}", flush=True)
-        section = "rows lost, given files" if args.data else "rows lost"
-        results.write_section(section, report(outcomes, absent, rows, folder), args.results)
+            results.write_section(section, report(outcomes, chosen, rows, folder), args.results)  # a round takes long
     print(f"written to {args.results}")
 
 
