@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 HUB_TIMEOUT_S = 5
-# The last is how cuBLAS and cuDNN, which allocate besides torch, say it.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
+# As cuBLAS and cuDNN say it, which allocate besides torch; and as torch does where it may not ask for what is free, as
+# in containers and on parts of a GPU (pytorch issues 112377, 197312).
+OTHER_ALLOCATORS = ("_status_alloc_failed", "nvml_success == r internal assert failed")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", *OTHER_ALLOCATORS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def load_model(
     if source == TINY:
         from longrun.training.tiny import make_model
 
-        return make_model()
+        tiny: Any = make_model()
+        made: PreTrainedModel = tiny.to(dtype)
+        return made
     from transformers import AutoModelForCausalLM
 
     name, commit = _name_and_commit(source)

@@ -80,6 +80,12 @@ def test_a_folder_without_a_config_is_no_base_model(tmp_path):
         base_model.check(str(tmp_path))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_built_in_model_is_as_wide_as_was_asked_for(dtype):
+    asked = {"dtype": dtype, "attn_implementation": "auto", "trust_remote_code": False}
+    assert base_model.load_model("tiny", **asked).dtype == dtype
+
+
 def test_a_cut_row_is_counted_and_one_without_a_trained_token_is_left_out(tmp_path):
     workshop = Workshop(tmp_path / "home")
     workshop.with_recipe(max_length=64)
