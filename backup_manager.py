@@ -19,7 +19,8 @@ from longrun.errors import exit_code
 from longrun.manifest import BackupType
 
 EXIT_CODES = """\
-exit codes: 0 ok, 1 failure, 2 usage, 75 locked by another process, 78 bad configuration"""
+exit codes: 0 ok, 1 failure, 2 usage, 75 locked by another process, 78 bad configuration,
+            130 interrupted"""
 
 
 def main(argv: list[str]) -> int:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 EXIT_CODES = """\
-exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another process, 78 bad configuration"""
+exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another process, 78 bad configuration,
+            130 interrupted"""
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +102,7 @@ def _parser(shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command("run", "watch inbox/ and train what arrives").add_argument(
         "--drain",
         action="store_true",
-        help="leave when inbox and queue are empty: 0 all trained, 1 some rejected",
+        help="leave when inbox and queue are empty: 1 when files were rejected or cannot be trained now, else 0",
     )
     command("status", "what the daemon is doing").add_argument("--json", action="store_true")
     command("pause", "stop training at the next step boundary, after a checkpoint, until resume")

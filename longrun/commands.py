@@ -12,13 +12,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk, locks, requests, status
-from longrun.errors import BadFile, ExitCode, LongrunError, NotRunning
+from longrun.errors import BadFile, BadModel, ExitCode, LongrunError, NotRunning
 from longrun.wording import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from longrun.config import Settings
     from longrun.home import Home
     from longrun.missing import Missing
 
@@ -259,7 +260,8 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     from longrun.store import Store
     from longrun.worker import PROGRAM
 
-    store = Store(config.load(home.settings, flags=flags).backup.folder(home.root))
+    settings = config.load(home.settings, flags=flags)
+    store = Store(settings.backup.folder(home.root))
     step = status.published_step(home)
     if not home.model.is_dir():
         raise LongrunError(f"cannot reset {home.root}: there is no {home.model.name}/", hint="nothing is to be done")
@@ -269,14 +271,34 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     hint = "`daemon.py stop` or `daemon.py pause` first, or wait until no file is being trained"
     with alone_with_model(home, "reset", hint=hint):
         saved = back_up(store, home.model, BackupType.PRE_RECOVERY, reason="reset")
+        another = _another_base(home, settings)
         disk.remove_tree(home.model.resolve(), home.staging)
     for fault in saved.manifest.faults:
         say(f"the model was INCOMPLETE, and is stored as it was: {printable(fault)}")
     say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
+    if another:
+        say(printable(another))
     say("`daemon.py retry --missing` trains all files again, in their order")
     words = ["python3", str(PROGRAM.with_name("backup_manager.py")), "restore", saved.manifest.id]
     say(f"to have the model back: {shlex.join([*words, '--home', str(home.root)])}")
     return ExitCode.OK
+
+
+def _another_base(home: Home, settings: Settings) -> str:
+    """What to know where the next model would begin from another base model than this one; "" where it would not."""
+    from longrun import config, missing
+
+    try:
+        lineage = missing.published_lineage(home)
+    except BadModel:
+        return ""  # nobody can tell
+    if lineage is None or not config.is_other_base(settings, lineage, home.root):
+        return ""
+    base = config.unpinned(lineage.base_model)
+    return (
+        f"it grew from {base}, and the settings name {settings.model.base_model}: to begin from {base} again, set"
+        f' base_model = "{base}" below [model] in longrun.toml before the next file is trained'
+    )
 
 
 def _ask(question: str) -> None:

@@ -1,7 +1,7 @@
 """Settings: default < longrun.toml < environment (LONGRUN_TRAIN_LEARNING_RATE=...) < flag.
 
 Read whole, checked whole, and each value remembers where it came from. Names under [train] are those of
-transformers.TrainingArguments, except `batch_size`, the effective one.
+transformers.TrainingArguments, except `batch_size`, the effective one, and `max_length`, as in trl.SFTConfig.
 """
 
 from __future__ import annotations
@@ -367,13 +367,19 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 def check_model(settings: Settings, lineage: Lineage, home: Path) -> None:
     """BadConfig when the settings name another base model, or optimizer, than the current model was grown with."""
-    grown, wanted, given = lineage.base_model, settings.model.base_model, settings.sources.get("model.base_model")
-    if given and wanted not in (grown, unpinned(grown)) and os.path.abspath(home / wanted) != grown:  # noqa: PTH100
+    given, wanted = settings.sources.get("model.base_model"), settings.model.base_model
+    if given and is_other_base(settings, lineage, home):
         raise BadConfig(
-            f"base_model is {wanted} ({given}), but the current model grew from {grown}",
+            f"base_model is {wanted} ({given}), but the current model grew from {lineage.base_model}",
             hint="to begin anew: `daemon.py reset`; to go on: take base_model back",
         )
     check_optim(settings, lineage)
+
+
+def is_other_base(settings: Settings, lineage: Lineage, home: Path) -> bool:
+    """Whether a model that begins by these settings begins from another base model than this one did."""
+    grown, wanted = lineage.base_model, settings.model.base_model
+    return wanted not in (grown, unpinned(grown)) and os.path.abspath(home / wanted) != grown  # noqa: PTH100
 
 
 def check_optim(settings: Settings, lineage: Lineage) -> None:

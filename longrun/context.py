@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 EDITED_S = 0.2  # between two looks at an edited longrun.toml
 LOOKS = 10  # at most; what is edited without end is read as it is
+OF_A_FILE = ("train.", "model.", "log.rows ")  # what a file that is being trained keeps
 
 SOLVED = {
     "room": "there is room for the next checkpoint",
@@ -135,16 +136,17 @@ class Context:
             checkpoint.publish(self.home, newest.path)  # whoever committed it may have died before this
             self.missing_unsure = True
         if newest is None and self.seen is not None:
-            self.model_removed("current_model/ was removed: starting from the base model at step 0")
+            self.model_removed()
         self.seen = newest
         self.lived = newest.lineage.lineage if newest else None
         self.reload_settings(newest)  # whether they fit depends on the model
         return newest
 
-    def model_removed(self, text: str, **facts: Any) -> None:
+    def model_removed(self, text: str = "", **facts: Any) -> None:
         """Tell it once, whoever notices first."""
         self.seen = None
         self.missing_unsure = True
+        text = text or f"current_model/ was removed: starting from the base model {self.base_model(None)} at step 0"
         self.say("model removed", text, level="warning", **facts)
 
     def base_model(self, newest: checkpoint.Checkpoint | None) -> str:
@@ -166,8 +168,8 @@ class Context:
             return
         self.solved("settings")
         for change in config.changes(self.settings, fresh):
-            kept = change.startswith(("train.", "model."))  # by the file that is being trained
-            self.say("setting changed", f"{'from the next file on' if kept else 'from now on'}: {change}")
+            since = "from the next file on" if change.startswith(OF_A_FILE) else "from now on"
+            self.say("setting changed", f"{since}: {change}")
         if fresh.log != self.settings.log:
             self.journal.configure(fresh.log)
         self.settings = fresh

@@ -39,7 +39,7 @@ class Recovery:
         context = self._context
         another = idle and self._another_model(now)
         if another and context.seen is not None and not self._signature:
-            context.model_removed("current_model/ was removed: starting from the base model at step 0")
+            context.model_removed()
         if another:
             self._tell_another()
         if not (another or context.missing_unsure):

@@ -115,7 +115,9 @@ def test_reset_backs_the_model_up_and_begins_anew(lab, running):
     assert asked.returncode == 1
     assert "--yes" in asked.stderr
     assert content(lab.model) == before
-    assert lab.command("reset", "--yes").returncode == 0
+    reset = lab.command("reset", "--yes")
+    assert reset.returncode == 0
+    assert "grew from" not in reset.stdout  # the settings name what it grew from
     assert not lab.model.exists()
     (backup,) = listed(lab)
     assert (backup["type"], backup["reason"]) == ("pre_recovery", "reset")

@@ -87,7 +87,7 @@ THEN_TRAINED = {
     "python train.py examples/": "greetings-2.jsonl",
 }
 # The environment is made by make; a named base model has a test of its own.
-ELSEWHERE = (". .venv", "python daemon.py run --base-model")
+ELSEWHERE = (". .venv", "python daemon.py run --home ~/qwen --base-model")
 
 
 def test_every_command_of_the_readme_works_in_its_order(checkout):
@@ -106,10 +106,13 @@ def test_a_named_base_model_is_trained(make_lab, tmp_path):
     random_weights_folder(tmp_path / "qwen3", "qwen3")
     lab = make_lab()
     lab.drop("a.jsonl", 9)
-    arguments = line.replace(HUB_MODEL, str(tmp_path / "qwen3")).split()[3:]
+    arguments = line.replace(HUB_MODEL, str(tmp_path / "qwen3")).replace("~/qwen ", f"{lab.home} ").split()[3:]
     assert lab.drain(*arguments) == 0
     assert lab.times_trained("a", 9) == {1: 9}
     assert lab.lineage["base_model"] == str(tmp_path / "qwen3")
+    told = lab.command("reset", "--yes").stdout
+    assert f"it grew from {tmp_path / 'qwen3'}, and the settings name tiny" in told
+    assert f'base_model = "{tmp_path / "qwen3"}"' in told
 
 
 def test_the_example_settings_are_the_defaults_and_name_every_key():
