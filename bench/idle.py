@@ -2,7 +2,7 @@
 
 Used are CPU time and resident memory as Linux counts them. Waiting is a daemon that has not trained yet; warm is one
 that has trained a file and keeps the model in its worker's memory (`worker.idle_release_minutes`). Both are measured at
-the same time.
+the same time. GPU memory is that of all devices, by whoever, as nvidia-smi tells it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,22 @@ def processes_of(daemon: Daemon) -> dict[str, int]:
     return {"daemon": daemon.process.pid} | {role: pid for role, pid in told.items() if pid}
 
 
+def gpu_memory_mb() -> int | None:
+    """In use on all GPUs; None where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def released(daemon: Daemon) -> int | None:
+    """GPU memory when the idle worker has ended, for which the settings are edited."""
+    (daemon.home / "longrun.toml").write_text("[worker]\nidle_release_minutes = 0.01\n")
+    daemon.wait(lambda: daemon.status["worker_pid"] is None)
+    return gpu_memory_mb()
+
+
 def how_long(command: list[str], home: Path) -> float:
     began = time.monotonic()
     subprocess.run(command, cwd=home, capture_output=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -66,9 +82,12 @@ def commands_take(home: Path, rounds: int) -> list[list[str]]:
     return [[line, results.spread(values, ".0f")] for line, values in found.items()]
 
 
-def report(idle: list[list[str]], commands: list[list[str]], minutes: float, folder: Path) -> str:
+def report(
+    idle: list[list[str]], commands: list[list[str]], gpu: dict[str, int | None], minutes: float, folder: Path
+) -> str:
     daemons = [(float(share) / 100, float(rss)) for _, role, share, rss in idle if role == "daemon"]
     share, rss = (max(values) for values in zip(*daemons, strict=True))
+    on_gpu = ", ".join(f"{used} MB {when}" for when, used in gpu.items() if used is not None)
     reached = results.verdict(share < CPU_BOUND and rss < RSS_BOUND_MB)
     return f"""## Idle
 
@@ -77,7 +96,7 @@ def report(idle: list[list[str]], commands: list[list[str]], minutes: float, fol
 {results.explained(__doc__)}
 
 Over {minutes:g} minutes each. The daemon: {100 * share:.3f} % of a core of less than {100 * CPU_BOUND:g} %,
-{rss:.0f} MB of less than {RSS_BOUND_MB:g} MB: {reached}.
+{rss:.0f} MB of less than {RSS_BOUND_MB:g} MB: {reached}. GPU memory: {on_gpu or "there is no GPU"}.
 
 {results.table(("", "process", "CPU, % of a core", "memory, MB"), idle)}
 
@@ -97,14 +116,17 @@ def main(argv: list[str] | None = None) -> None:
         make_base(folder / "base")
         home = folder / "warm"
         base = ("--base-model", str(folder / "base"))
+        gpu = {"before": gpu_memory_mb()}
         with Daemon(folder / "waiting", "", *base) as waiting, Daemon(home, "", *base) as warm:
             warm.drop("a", numbered("a", 100, random.Random(1)))
             warm.wait_told("a.jsonl is trained")
             idle = used_idle({"waiting": waiting, "warm": warm}, args.minutes)
+            gpu["warm"] = gpu_memory_mb()
+            gpu["when the idle worker has ended"] = released(warm)
             (home / "trained" / "a.jsonl").rename(home / "a.jsonl")
             how_long([sys.executable, str(ROOT / "backup_manager.py"), "backup", "current_model/"], home)
             commands = commands_take(home, args.rounds)
-        results.write_section("idle", report(idle, commands, args.minutes, folder), args.results)
+        results.write_section("idle", report(idle, commands, gpu, args.minutes, folder), args.results)
     print(f"written to {args.results}")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench import results
 from bench.recipes import BATCH, RATE, SAVE_STEPS
-from bench.running import ROOT, draining, fill, lines_of
+from bench.running import PROBE, ROOT, draining, fill, lines_of, python_path
 from bench.workload import make_base, marked, numbered
 
 UNEVEN = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
@@ -116,7 +116,7 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
     third = list(rows)[2]
     environment = os.environ | {
         "PATH": f"{python.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}",
+        "PYTHONPATH": f"{PROBE}:{ROOT}" if recipe.apart else python_path(PROBE, ROOT),
         "BENCH_PROBE": str(home / "forwards.jsonl"),
         "BENCH_MODEL": str(home / "base"),
         "BENCH_KILL": f"{third}:{math.ceil(math.ceil(rows[third] / BATCH) / 2)}",

@@ -23,7 +23,14 @@ ROOT = Path(__file__).parent.parent
 LIMIT_S = 3600.0
 LOOK_S = 0.02
 SAID = "said.log"
+PROBE = ROOT / "bench" / "probe"
 TOLD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) \S+ +(.*)$", re.MULTILINE)
+
+
+def python_path(*places: Path) -> str:
+    """PYTHONPATH with these places first; what it names already may be where the packages are."""
+    packages = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, places), *([packages] if packages else [])])
 
 
 class Daemon:
@@ -37,7 +44,7 @@ class Daemon:
         (home / "longrun.toml").write_text(settings)
 
     def __enter__(self) -> Self:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path(ROOT)}
         command = [sys.executable, str(ROOT / "daemon.py"), "run", "--home", str(self.home), *self._arguments]
         with (self.home / "stderr.log").open("a") as log:
             self.process = subprocess.Popen(command, cwd=self.home, env=environment, stdout=log, stderr=log)
@@ -138,7 +145,7 @@ def must_be_good(code: int, command: list[str], home: Path) -> None:
 
 def start(command: list[str], home: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a command with the probe on its path and no way to the hub; what it says is kept in its home."""
-    places = {"PYTHONPATH": f"{ROOT / 'bench' / 'probe'}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+    places = {"PYTHONPATH": python_path(PROBE, ROOT), "HF_HUB_OFFLINE": "1"}
     with (home / SAID).open("a") as log:
         return subprocess.Popen(command, cwd=home, env=os.environ | places | environment, stdout=log, stderr=log)
 

@@ -1,7 +1,7 @@
 """Throughput: tokens a second of the training step, in Longrun and in what it is built on or stands beside.
 
 The same rows, the same model, the loss on what the assistant says. Counted and timed at the model's forward pass, by
-bench/probe for all alike: tokens are those of the rows, without padding, from the first forward of step WARM_UP to
+bench/probe for all alike: tokens are those of the rows, without padding, from the first forward after the warm-up to
 the first of the last step. The start, the reading of rows and the saving are no part of it.
 
 Of the matrix rate: 6 operations a weight and token, against what multiplying two matrices reaches on this device. It is
@@ -31,8 +31,10 @@ from bench.workload import chats, make_base, make_tokenizer_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WARM_UP = 3  # steps
+# Steps of the first file, and how many of them warm up: on a GPU the clock rises, and memory is taken for longer rows.
+STEPS = {"cpu": (40, 3), "cuda": (300, 20)}
 SECOND = 5  # steps of the second file, which is there for the time between files
+COLUMNS = ("input_ids", "labels")
 TRIED_ROWS = 64  # whose loss is compared
 VOCABULARY = 8_000
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
@@ -83,21 +85,21 @@ class Found:
     checkpoint_s: float | None = None
 
 
-def play(way: Way, home: Path, base: Path, files: list[Path]) -> Found:
+def play(way: Way, home: Path, base: Path, files: list[Path], warm_up: int) -> Found:
     try:
-        return _play(way, home, base, files)
+        return _play(way, home, base, files, warm_up)
     finally:
         shutil.rmtree(home)  # checkpoints of a large model: no disk has room for those of all rounds
 
 
-def _play(way: Way, home: Path, base: Path, files: list[Path]) -> Found:
+def _play(way: Way, home: Path, base: Path, files: list[Path], warm_up: int) -> Found:
     shutil.copytree(base, home / "base")
     (home / "files.json").write_text(json.dumps([file.stem for file in files]))
     way.train(home, files)
     forwards = lines_of(home / "forwards.jsonl")
     last = forwards[-1]["global_step"] - (0 if way.recipe else SECOND)
-    begin, end = (next(f["time"] for f in forwards if f["global_step"] == step) for step in (WARM_UP, last))
-    tokens = sum(forward["tokens"] for forward in forwards if WARM_UP <= forward["global_step"] < last)
+    begin, end = (next(f["time"] for f in forwards if f["global_step"] == step) for step in (warm_up, last))
+    tokens = sum(forward["tokens"] for forward in forwards if warm_up <= forward["global_step"] < last)
     if way.recipe:
         return Found(tokens / (end - begin))
     next_file = next(forward["time"] for forward in forwards if forward["global_step"] == last + 1)
@@ -140,7 +142,8 @@ def difference_of_losses(base: Path, file: Path) -> float:
     from longrun.training.data import Collator
     from longrun.training.loss import only_where_trained
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).to(device), AutoTokenizer.from_pretrained(base)
     samples = []
     for number, given in enumerate(lines_of(file)[:TRIED_ROWS]):
         row = tokenizer.apply_chat_template(given["messages"], return_dict=True, return_assistant_tokens_mask=True)
@@ -156,12 +159,14 @@ def difference_of_losses(base: Path, file: Path) -> float:
             pair = samples[at : at + 2]
             batch = collator(pair)
             batch.pop("rows")
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             logits, labels = model(**batch).logits, batch["shift_labels"]
             for row, sample in enumerate(pair):
                 together = torch.nn.functional.cross_entropy(logits[row], labels[row])
-                alone = model(
-                    torch.tensor(sample["input_ids"])[None].long(), labels=torch.tensor(sample["labels"])[None].long()
-                ).loss
+                ids, wanted = (
+                    torch.tensor(sample[name], device=device)[None].long() for name in ("input_ids", "labels")
+                )
+                alone = model(ids, labels=wanted).loss
                 greatest = max(greatest, float(abs(together - alone) / alone))
     return greatest
 
@@ -214,10 +219,11 @@ def report(found: dict[Way, list[Found]], facts: dict[str, Any], folder: Path) -
 {results.machine(folder)}
 - {results.packages("torch", "transformers", "trl")}; {facts["device"]}, {facts["rate"] / 1e9:,.0f} GFLOP/s of matrices
 
-{results.explained(__doc__).replace("WARM_UP", str(WARM_UP))}
+{results.explained(__doc__)}
 
-{facts["rows"]}: {facts["steps"]} steps of {BATCH} rows; a Llama of {facts["weights"] / 1e6:.1f} million weights,
-{VOCABULARY:,} tokens in its tokenizer. {results.rounds(len(ours))} in turn, median (least–greatest).
+{facts["rows"]}: {facts["steps"]} steps of {BATCH} rows, {facts["warm_up"]} to warm up; a Llama of
+{facts["weights"] / 1e6:.1f} million weights, {VOCABULARY:,} tokens in its tokenizer.
+{results.rounds(len(ours))} in turn, median (least–greatest).
 
 At least the stock Trainer's tokens a second: {results.spread(ratios[OURS])} times, {reached}. The loss of a row
 alone and, as Longrun has it, beside one of its length differ by {facts["difference"]:.1e} of it at most
@@ -231,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="chat JSONL files (default: made in code)")
     parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help="of the first file (default: 40; 300 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="ways whose name contains this, and those compared with")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
@@ -239,15 +245,17 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
+    enough, warm_up = STEPS["cuda" if on_gpu else "cpu"]
+    steps = args.steps or enough
     chosen = [way for way in WAYS if args.only in way.name or way in (STOCK, OURS)]
     found: dict[Way, list[Found]] = {way: [] for way in chosen}
     with tempfile.TemporaryDirectory(prefix="bench-throughput-", dir=args.folder) as work:
         folder = Path(work).resolve()
-        files = make_files(folder / "files", args.data, args.steps)
+        files = make_files(folder / "files", args.data, steps)
         make_model(folder / "base", files[0], LARGE if on_gpu else SMALL)
         for number in range(args.rounds):
             for at, way in enumerate(chosen[number % len(chosen) :] + chosen[: number % len(chosen)]):
-                found[way].append(play(way, folder / f"{number}-{at}", folder / "base", files))
+                found[way].append(play(way, folder / f"{number}-{at}", folder / "base", files, warm_up))
                 print(f"round {number + 1} of {args.rounds}, {way.name}: {found[way][-1]}", flush=True)
         facts = {
             "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads",
@@ -255,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
             "weights": weights_of(folder / "base"),
             "difference": difference_of_losses(folder / "base", files[0]),
             "rows": "Given rows" if args.data else "Chats made in code",
-            "steps": args.steps,
+            "steps": steps,
+            "warm_up": warm_up,
         }
         results.write_section("throughput", report(found, facts, folder), args.results)
     print(f"written to {args.results}")

@@ -104,8 +104,9 @@ class Lab:
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LONGRUN_")}
+        packages = inherited.get("PYTHONPATH")  # where they are installed nowhere else
         return inherited | {
-            "PYTHONPATH": str(PROBE),
+            "PYTHONPATH": os.pathsep.join([str(PROBE), *([packages] if packages else [])]),
             "LONGRUN_PROBE": str(self.probe),
             "LONGRUN_FAULTS": json.dumps(faults or []),
             "HF_HUB_OFFLINE": "1",
