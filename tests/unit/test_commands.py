@@ -16,7 +16,7 @@ from longrun.home import Home
 from longrun.job import JobState
 from longrun.ledger import Ledger
 from longrun.lineage import InProgress, Lineage
-from tests.unit.builders import job, lineage_at, plan_of
+from tests.unit.builders import add_checkpoint, job, lineage_at, plan_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -313,6 +313,49 @@ def test_retry_takes_many_names_and_those_of_their_reasons(home: Home) -> None:
     assert commands.retry(home, ["rejected/x.jsonl", "rejected/y.jsonl.reason.json"]) == 0
     assert sorted(path.name for path in home.inbox.iterdir()) == ["x.jsonl", "y.jsonl"]
     assert list(home.rejected.iterdir()) == []
+
+
+def test_a_reset_keeps_a_backup_and_says_how_to_have_the_model_back(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_checkpoint(home, 3)
+    assert commands.reset(home, {}, yes=True) == 0
+    told = capsys.readouterr().out
+    assert not home.model.exists()
+    (kept,) = (home.root / "backups" / "backups").iterdir()
+    assert f"backup {kept.name} is verified; the model is removed" in told
+    assert f"restore {kept.name} --home {home.root}" in told
+    assert "grew from" not in told
+
+
+def test_a_reset_says_when_the_next_model_would_begin_from_another_base_model(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_checkpoint(home, 3)
+    assert commands.reset(home, {"model.base_model": "some/other"}, yes=True) == 0
+    told = capsys.readouterr().out
+    assert "it grew from tiny, and the settings name some/other: to begin from tiny again, set base_model" in told
+
+
+def test_a_model_that_does_not_tell_what_it_grew_from_is_reset_all_the_same(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_checkpoint(home, 3)
+    (home.model / "lineage.json").unlink()
+    (home.model / "lineage.json").write_bytes(b"{")
+    assert commands.reset(home, {}, yes=True) == 0
+    told = capsys.readouterr().out
+    assert "the model was INCOMPLETE, and is stored as it was" in told
+    assert not home.model.exists()
+
+
+def test_a_reset_without_a_yes_or_without_a_model_changes_nothing(home: Home) -> None:
+    with pytest.raises(LongrunError, match="there is no current_model/"):
+        commands.reset(home, {}, yes=True)
+    add_checkpoint(home, 3)
+    with pytest.raises(LongrunError, match="cannot ask: there is no terminal"):
+        commands.reset(home, {}, yes=False)
+    assert home.model.exists()
 
 
 def test_put_copies_all_files_or_none(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
