@@ -91,14 +91,24 @@ class Lab:
     # -- running
 
     def start(self, *arguments: str, faults: list[dict[str, Any]] | None = None, **environment: str) -> Any:
-        self.daemons.append(self._started(arguments, self.environment(faults, **environment)))
+        return self._start("daemon", "run", *arguments, environment=self.environment(faults, **environment))
+
+    def train(self, *files: Path, faults: list[dict[str, Any]] | None = None, **environment: str) -> int:
+        """Train these files by hand; the exit code."""
+        by_hand = self._start("train", *map(str, files), environment=self.environment(faults, **environment))
+        return int(by_hand.wait(LIMIT_S))
+
+    def _start(self, program: str, *arguments: str, environment: dict[str, str]) -> Any:
+        self.daemons.append(self._started(program, arguments, environment))
         return self.daemons[-1]
 
-    def _started(self, arguments: tuple[str, ...], environment: dict[str, str]) -> Any:
+    def _started(self, program: str, arguments: tuple[str, ...], environment: dict[str, str]) -> Any:
         if self.hand is not None:
-            return self.hand.start("run", *arguments, home=self.home, log=self.stderr, environment=environment)
-        daemon = (sys.executable, REPOSITORY / "daemon.py", "--home", self.home, "run")
-        command = [*map(str, (*self.under, *daemon, *arguments))]
+            return self.hand.start(
+                *arguments, home=self.home, log=self.stderr, environment=environment, program=program
+            )
+        started = (sys.executable, REPOSITORY / f"{program}.py", "--home", self.home)
+        command = [*map(str, (*self.under, *started, *arguments))]
         with self.stderr.open("a") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, cwd=self.home)
 

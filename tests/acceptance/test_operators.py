@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from longrun import locks
 from longrun.home import Home
 from tests.drills.daemons import Watched
-from tests.lab import LIMIT_S, REPOSITORY, Lab
+from tests.lab import LIMIT_S, Lab
 
 STEP = "transformers.trainer:Trainer.training_step"
 SETTINGS = {"train.learning_rate": 1e-3, "train.save_steps": 5, "train.logging_steps": 1}
@@ -350,8 +348,8 @@ def test_a_setting_that_cannot_work_ends_the_start_with_the_reason(make_lab, set
     assert lab.command("status").returncode == 3
 
 
-def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab, tmp_path):
-    lab = make_lab(**SETTINGS)
+def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab, torch_hand, tmp_path):
+    lab = make_lab(hand=torch_hand, **SETTINGS)
     lab.drop("not-mine.jsonl", 8)
     first, second = (lab.drop(f"{name}.jsonl", 96).rename(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
     said = lab.command("--plan", str(first), str(second), program="train.py").stdout
@@ -359,20 +357,15 @@ def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab
     assert "This file will train for 12 steps (reaching global step 24)" in said
     assert not lab.model.exists()
 
-    command = [sys.executable, str(REPOSITORY / "train.py"), str(first), str(second), "--home", str(lab.home)]
     faults = [{"at": STEP, "role": "worker", "nth": 8, "do": "kill both", "once": "middle"}]
-
-    def train():
-        return subprocess.run(command, env=lab.environment(faults), timeout=LIMIT_S, capture_output=True).returncode
-
-    assert train() == -signal.SIGKILL
+    assert lab.train(first, second, faults=faults) == -signal.SIGKILL
     said = lab.command("--plan", str(first), str(second), program="train.py").stdout
     left = 12 - lab.lineage["in_progress"]["done_steps"]
     assert f"{first}: the model is in the middle of it, {left} of its steps are left" in said
     assert "This file will train for 12 steps (reaching global step 12)" in said
     assert "This file will train for 12 steps (reaching global step 24)" in said
     assert "after one.jsonl, which is begun and comes first\n" in lab.command("check", str(second)).stdout
-    assert train() == 0
+    assert lab.train(first, second, faults=faults) == 0
     assert lab.global_step == 24
     assert lab.times_trained("one", 96) == lab.times_trained("two", 96) == {1: 96}
     assert lab.times_trained("not-mine", 8) == {0: 8}

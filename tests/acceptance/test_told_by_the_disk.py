@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import closing
 
 from tests.drills.daemons import Watched
-from tests.lab import LIMIT_S, REPOSITORY, numbered
+from tests.lab import numbered
 
 
 def test_a_file_whose_last_commit_was_never_told_is_trained_and_not_given_up(make_lab, torch_hand):
@@ -45,16 +43,13 @@ def test_a_begun_file_keeps_the_rows_it_was_examined_with_when_bad_rows_become_f
     assert lab.names("rejected") == set()
 
 
-def test_a_file_trained_by_hand_and_cut_off_before_its_first_look_is_trained_once(lab, tmp_path):
+def test_a_file_trained_by_hand_and_cut_off_before_its_first_look_is_trained_once(make_lab, torch_hand, tmp_path):
+    lab = make_lab(hand=torch_hand)
     file = tmp_path / "mine.jsonl"
     lab.drop("mine.jsonl", 8).rename(file)
     killed = {"at": "longrun.preparation:Preparation.next", "role": "daemon", "do": "kill"}
-    command = [sys.executable, str(REPOSITORY / "train.py"), str(file), "--home", str(lab.home)]
-    for faults, code in (([killed], -9), ([], 0)):
-        done = subprocess.run(
-            command, env=lab.environment(faults), cwd=lab.home, capture_output=True, timeout=LIMIT_S, check=False
-        )
-        assert done.returncode == code, done.stderr
+    assert lab.train(file, faults=[killed]) == -9
+    assert lab.train(file) == 0
     assert lab.drain() == 0
     assert lab.times_trained("mine", 8) == {1: 8}
     assert lab.names("trained") == {"mine.jsonl"}

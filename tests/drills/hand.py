@@ -54,7 +54,9 @@ class Outcome:
 class Hand:
     def __init__(self, children: str = "scripted", **environment: str) -> None:
         command = [sys.executable, "-m", "tests.drills.hand", children]
-        here = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environment
+        packages = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(REPOSITORY), *([packages] if packages else [])])
+        here = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=here
         )
@@ -75,10 +77,12 @@ class Hand:
         line = {"arguments": [*map(str, arguments), "--home", str(home)], "cwd": str(home), **orders}
         return Outcome(**self.ask(line))
 
-    def start(self, *arguments: str, home: Path, log: Path, environment: dict[str, str]) -> Started:
-        """Start daemon.py in this home, as subprocess.Popen would."""
+    def start(
+        self, *arguments: str, home: Path, log: Path, environment: dict[str, str], program: str = "daemon"
+    ) -> Started:
+        """Start daemon.py, or train.py where children are real, in this home, as subprocess.Popen would."""
         whole = ["--home", str(home), *arguments]
-        line = {"start": whole, "cwd": str(home), "log": str(log), "environment": environment}
+        line = {"start": whole, "cwd": str(home), "log": str(log), "environment": environment, "program": program}
         return Started(self, self.ask(line)["pid"], log)
 
     def ask(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -137,10 +141,12 @@ def _serve() -> None:
 
     begin = functools.partial(fork_children, _children(sys.argv[1]))
     programs = {"backup_manager": (backup_manager.main, lambda: None), "daemon": (daemon.main, begin)}
+    if sys.argv[1] == "real":
+        programs["train"] = (_children("real"), begin)
     for line in sys.stdin:
         order = json.loads(line)
         if "start" in order:
-            answer = {"pid": _start(daemon.main, begin, order)}
+            answer = {"pid": _start(*programs[order["program"]], order)}
         elif "poll" in order:
             answer = {"code": _code(order["poll"])}
         else:
@@ -163,7 +169,7 @@ def _children(kind: str) -> Any:
 
 
 def _start(main: Any, begin: Any, order: dict[str, Any]) -> int:
-    """The pid of a fork that runs the daemon, whose children are forks of it; it ends as an interpreter does."""
+    """The pid of a fork that runs a program, whose children are forks of it; it ends as an interpreter does."""
     child = os.fork()
     if child:
         return child
@@ -176,7 +182,7 @@ def _start(main: Any, begin: Any, order: dict[str, Any]) -> int:
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = ["daemon.py", *order["start"]]
+    sys.argv = [f"{order['program']}.py", *order["start"]]
     begin()
     probe.main()
     faulthandler.register(signal.SIGUSR2)
