@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from longrun import process, wire
+from longrun.errors import LongrunError
 
 if TYPE_CHECKING:
     import socket
@@ -28,6 +29,7 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
 LOG_LIMIT_BYTES = 4 << 20
 SIGN_OF_LIFE_BYTES = 1 << 20  # read or written
 EXIT_S = 5.0  # that a process which has closed its socket is given to end: torch takes more than one
+GONE_S = 60.0  # that one which was killed is given to be gone: a device that does not answer holds it for ever
 LAST_WORDS_BYTES = 4096
 
 
@@ -137,15 +139,21 @@ class Child:
         return False
 
     def kill(self) -> str:
-        """End it now, with everything it started; how it ended, in words."""
+        """End it now, with everything it started; how it ended, in words. LongrunError when it cannot be ended."""
         if self._process is None:
             return "not running"
         ended_by_itself = self._wait(EXIT_S if self._channel_gone() else 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
+        killed, gone = self._process, self._wait(GONE_S)
         self._forget()
-        return _in_words(code) if ended_by_itself else "killed by the daemon"
+        if not gone:
+            raise LongrunError(
+                f"cannot end the {self.role} (pid {killed.pid}): it is still there {GONE_S:g} s after it was killed,"
+                " held by the kernel as when a device does not answer",
+                hint="look at `nvidia-smi` and `dmesg`; perhaps the machine has to be restarted",
+            )
+        return _in_words(killed.wait()) if ended_by_itself else "killed by the daemon"
 
     def last_words(self) -> str:
         """The last line that it, or one before it, has written into its log: the error that ended it, if one did."""

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from longrun import process, wire, worker
+from longrun.errors import LongrunError
 from longrun.worker import Child
 
 if TYPE_CHECKING:
@@ -165,6 +166,24 @@ def test_a_child_is_killed_with_everything_it_started(home: Home, child: Callabl
     while other.exists() and other.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_child_that_outlives_its_kill_is_told_and_not_waited_for(
+    child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = child("channel = hello(); channel.receive(None); time.sleep(60)")
+    wait_for(started)
+    held_by_the_kernel = started._process
+    assert held_by_the_kernel is not None
+    with monkeypatch.context() as held:
+        held.setattr(worker, "GONE_S", 0.1)
+        held.setattr(worker.os, "killpg", lambda *_: None)
+        told = rf"cannot end the worker \(pid {started.pid}\): it is still there 0.1 s after it was killed"
+        with pytest.raises(LongrunError, match=told):
+            started.kill()
+    assert started.kill() == "not running"
+    held_by_the_kernel.kill()
+    held_by_the_kernel.wait()
 
 
 def test_a_child_may_be_started_again(child: Callable[..., Child]) -> None:
