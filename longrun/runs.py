@@ -361,6 +361,15 @@ class Runs:
             warm=message.warm,
             worker_pid=self.worker.pid,
         )
+        if not message.adds_up and not message.warm:
+            self._context.say(
+                "uneven loss",
+                f"{run.job.name}: micro-batches of {rows} count the same in a step, however many tokens they have,"
+                " because the losses of this model do not add up over them;"
+                f" per_device_train_batch_size = {run.plan.recipe.batch_size} avoids that where memory allows",
+                level="warning",
+                job=run.job.number,
+            )
         if run.stopping:
             self.worker.send(wire.Stop(why=run.stopping), now)
 

@@ -116,6 +116,7 @@ class Started:
     seconds: float
     warm: bool
     rows_at_once: int  # on a device
+    adds_up: bool = True  # the losses of micro-batches, to that of the step's rows together
 
 
 @dataclass(frozen=True, kw_only=True)

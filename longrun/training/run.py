@@ -173,6 +173,7 @@ class Runner:
                 seconds=seconds,
                 warm=warm,
                 rows_at_once=self._args.per_device_train_batch_size,
+                adds_up=self._adds_up or self._args.gradient_accumulation_steps == 1,
             )
         )
 

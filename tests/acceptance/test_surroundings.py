@@ -325,6 +325,15 @@ def test_tokens_that_the_model_has_not_cost_the_queue_one_file(lab):
     assert "as beyond-a.jsonl before it, and nothing was ever trained" in lab.log
 
 
+def test_a_model_whose_losses_of_micro_batches_do_not_add_up_is_told_of(lab):
+    lab.drop_rows("uneven", 8)
+    lab.drop_rows("a", 8)
+    assert lab.drain() == 0
+    assert "uneven.jsonl: micro-batches of 1 row count the same in a step" in lab.log
+    assert "a.jsonl: micro-batches" not in lab.log
+    lab.check()
+
+
 def test_a_preparer_that_cannot_start_is_a_problem_and_no_files_fault(lab):
     lab.drop_rows("a", 8)
     kills = [{"at": "longrun.wire:connect", "role": "preparer", "do": "kill", "once": f"kill-{n}"} for n in range(3)]

@@ -33,6 +33,7 @@ from longrun.plan import Plan  # noqa: E402
 NOW = "2026-01-01T00:00:00.000+00:00"
 WEIGHTS = "model.safetensors"
 BEYOND = "beyond"  # how files begin that have tokens which the model has not
+UNEVEN = "uneven"  # and those in whose steps it has a loss for each micro-batch only
 
 
 def step_s() -> float:
@@ -73,9 +74,9 @@ class Worker:
         with checkpoint.OpenModel(self.home, newest) as model:
             before, progress = lineage.begun(plan, NOW)
             step = progress.global_step
-            self.channel.send(
-                wire.Started(job=plan.job, global_step=step, device="none", seconds=0.0, warm=False, rows_at_once=1)
-            )
+            facts = {"device": "none", "seconds": 0.0, "warm": False, "rows_at_once": 1}
+            adds_up = not plan.name.startswith(UNEVEN)
+            self.channel.send(wire.Started(job=plan.job, global_step=step, adds_up=adds_up, **facts))
             stopped = ""
             while progress.done_steps < plan.planned_steps and not stopped:
                 progress = self._step(plan, progress, seen)

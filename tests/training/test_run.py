@@ -486,3 +486,14 @@ def test_processes_do_not_share_the_steps_of_a_model_whose_loss_does_not_add_up(
     workshop.runner.world.size = 2
     with pytest.raises(BadConfig, match=r"worker\.processes = 2 cannot share the steps"):
         workshop.train_file("a", 24)
+
+
+@pytest.mark.parametrize(("per_device", "adds_up"), [(4, False), (12, True)])
+def test_a_model_whose_loss_does_not_add_up_is_told_of_where_a_step_is_computed_in_parts(
+    make_workshop, monkeypatch, per_device, adds_up
+):
+    monkeypatch.setattr(run, "adds_up", lambda _: False)
+    workshop = make_workshop("uneven", per_device=per_device)
+    workshop.train_file("a", 24)
+    (started,) = [message for message in workshop.said if isinstance(message, wire.Started)]
+    assert started.adds_up is adds_up
