@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     types = [str(kind) for kind in BackupType]
     backup = command("backup", "back up a model folder", "current_model/ --type pre_recovery --reason 'bad file'")
-    backup.add_argument("source", metavar="SOURCE")
+    backup.add_argument("source", nargs="?", metavar="SOURCE", help="default: current_model/ of the home")
     backup.add_argument("--type", choices=types, default=str(BackupType.MANUAL))
     backup.add_argument("--reason", default="", metavar="TEXT", help="why, for the list")
     backup.add_argument("--follow", action="store_true", help="store what links to places outside lead to")

@@ -41,7 +41,7 @@ def do(args: argparse.Namespace) -> int:
 
 def _home(args: argparse.Namespace) -> Home:
     """--home or LONGRUN_HOME, else the home that SOURCE is the model of, else the current directory."""
-    if args.command == "backup" and args.home is None and "LONGRUN_HOME" not in os.environ:
+    if args.command == "backup" and args.source and args.home is None and "LONGRUN_HOME" not in os.environ:
         beside = Path(os.path.abspath(args.source)).parent  # noqa: PTH100 - not through the link that a model may be
         if (beside / "state").is_dir():
             return Home(beside)
@@ -72,7 +72,7 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
     with Bar(args.json) as bar:
         saved = backups.back_up(
             store,
-            Path(args.source),
+            Path(args.source or home.model),
             BackupType(args.type),
             reason=args.reason,
             follow=args.follow,
@@ -90,15 +90,14 @@ def _backup(args: argparse.Namespace, home: Home) -> int:
         "seconds": round(saved.seconds, 3),
         "restore": again,
     }
-    _say(args, facts, _saved_lines(saved, again))
+    is_another = not manifest.is_checkpoint and home.model.exists() and source != home.model.resolve()
+    _say(args, facts, _saved_lines(saved, again, f"it is {source}, and not {home.model}" if is_another else ""))
     if not manifest.complete:
-        raise BadBackup(
-            f"{args.source} is stored, but it is not a whole model", hint="keep it until you have a better one"
-        )
+        raise BadBackup(f"{source} is stored, but it is not a whole model", hint="keep it until you have a better one")
     return ExitCode.OK
 
 
-def _saved_lines(saved: Saved, again: str) -> Iterator[str]:
+def _saved_lines(saved: Saved, again: str, remark: str) -> Iterator[str]:
     manifest = saved.manifest
     step = "of no known step" if manifest.global_step is None else f"at global step {manifest.global_step}"
     yield (
@@ -106,7 +105,7 @@ def _saved_lines(saved: Saved, again: str) -> Iterator[str]:
         if manifest.complete
         else (f"backup {manifest.id} is stored and verified, but the model in it is INCOMPLETE:")
     )
-    yield from (f"    {fault}" for fault in manifest.faults)
+    yield from (f"    {line}" for line in (*manifest.faults, *([remark] if remark else [])))
     yield (
         f"    {counted(len(manifest.files), 'file')}, {_size(manifest.size_bytes)};"
         f" {_size(saved.new_bytes)} newly stored, in {saved.seconds:.1f} s"
@@ -210,7 +209,7 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
         "replaced": former and str(former),
     }
     facts |= {"global_step": manifest.global_step, "complete": manifest.complete, "faults": list(manifest.faults)}
-    lines = [f"{target} is {manifest.id} again, every byte verified"]
+    lines = [f"{target} is {manifest.id} now, every byte verified"]
     lines += [f"    but it was INCOMPLETE when it was backed up: {fault}" for fault in manifest.faults]
     if former:
         lines.append(f"what was there is kept as {former}; delete it when you are sure")

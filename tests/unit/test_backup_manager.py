@@ -133,7 +133,7 @@ def test_each_command_has_an_example(command: str, capsys: pytest.CaptureFixture
     assert f"example: python3 backup_manager.py {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["backup"], ["restore"], ["backup", "x", "--type", "odd"]])
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["restore"], ["backup", "x", "--type", "odd"]])
 def test_what_is_no_command_is_told_so(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         backup_manager.main(words)
@@ -221,6 +221,28 @@ def test_a_backup_says_what_it_has_and_how_to_restore_it(trained: Home, said: An
     assert " files, " in lines[1]
     assert lines[-1] == f"to restore it: {PROGRAM} restore {made.id}"
     assert said("list").endswith("why\\nnot\n")
+
+
+def test_without_a_source_it_is_the_model_of_the_home(
+    trained: Home, tmp_path: Path, said: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said("backup", "--home", trained.root)
+    assert "is complete and verified: a model at global step 5" in told
+    assert "and not" not in told
+
+
+def test_the_model_of_another_home_is_told_from_that_of_the_home_that_was_named(
+    trained: Home, tmp_path: Path, said: Any
+) -> None:
+    other = Home(tmp_path / "other")
+    other.root.mkdir()
+    other.make()
+    add_checkpoint(other, 7)
+    told = said("backup", "current_model/", "--home", other.root)
+    assert f"it is {trained.model}, and not {other.model}" in told
+    assert "and not" not in said("backup", other.model, "--home", other.root)
+    assert "and not" not in said("backup", "current_model/checkpoint-5")
 
 
 def test_an_incomplete_model_is_said_to_be_that_everywhere(
@@ -327,10 +349,10 @@ def test_a_restore_keeps_what_was_there_and_says_what_it_has_not_seen(trained: H
     (trained.state / "ledger.sqlite3").write_bytes(b"")
     lines = said("restore", "latest").splitlines()
     made = Store(trained.backups).ids()[0]
-    assert lines[0] == f"{trained.model} is {made} again, every byte verified"
+    assert lines[0] == f"{trained.model} is {made} now, every byte verified"
     assert lines[1].startswith(f"what was there is kept as {trained.model}.replaced-")
     assert lines[2] == "`daemon.py missing` lists the files that this model has not seen"
-    assert said("restore", "latest", "elsewhere") == f"elsewhere is {made} again, every byte verified\n"
+    assert said("restore", "latest", "elsewhere") == f"elsewhere is {made} now, every byte verified\n"
 
 
 def test_a_model_that_is_trained_is_not_replaced(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
