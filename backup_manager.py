@@ -20,7 +20,7 @@ from longrun.manifest import BackupType
 
 EXIT_CODES = """\
 exit codes: 0 ok, 1 failure, 2 usage, 75 locked by another process, 78 bad configuration,
-            130 interrupted"""
+            130 interrupted by Ctrl-C"""
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """\
 exit codes: 0 ok, 1 failure, 2 usage, 3 not running, 75 locked by another process, 78 bad configuration,
-            130 interrupted"""
+            130 interrupted, of commands that do not train"""
 
 
 def main(argv: list[str]) -> int:

@@ -47,7 +47,7 @@ def processes_of(daemon: Daemon) -> dict[str, int]:
 
 
 def gpu_memory_mb() -> int | None:
-    """In use on all GPUs; None where there is none."""
+    """In use on all GPUs, by whoever: inside a container nvidia-smi names no processes. None where there is no GPU."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))

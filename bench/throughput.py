@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # Steps of the first file, and how many of them warm up: on a GPU the clock rises, and memory is taken for longer rows.
 STEPS = {"cpu": (40, 3), "cuda": (300, 20)}
 SECOND = 5  # steps of the second file, which is there for the time between files
-COLUMNS = ("input_ids", "labels")
 TRIED_ROWS = 64  # whose loss is compared
 VOCABULARY = 8_000
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}

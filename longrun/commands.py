@@ -278,7 +278,7 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     say(f"backup {saved.manifest.id} is verified; the model is removed, the next file trains from the base model")
     if another:
         say(printable(another))
-    say("`daemon.py retry --missing` trains all files again, in their order")
+    say("`daemon.py retry --missing` trains all files again that were trained to their end, in their order")
     words = ["python3", str(PROGRAM.with_name("backup_manager.py")), "restore", saved.manifest.id]
     say(f"to have the model back: {shlex.join([*words, '--home', str(home.root)])}")
     return ExitCode.OK
@@ -295,9 +295,11 @@ def _another_base(home: Home, settings: Settings) -> str:
     if lineage is None or not config.is_other_base(settings, lineage, home.root):
         return ""
     base = config.unpinned(lineage.base_model)
+    running = locks.holder(home.daemon_lock) is not None
     return (
         f"it grew from {base}, and the settings name {settings.model.base_model}: to begin from {base} again, set"
         f' base_model = "{base}" below [model] in longrun.toml before the next file is trained'
+        + ("; the daemon that runs goes by its --base-model, if it was given one" if running else "")
     )
 
 

@@ -22,6 +22,12 @@ PROBE = REPOSITORY / "tests" / "probe"
 LIMIT_S = 150.0
 
 
+def python_path(place: Path) -> str:
+    """PYTHONPATH with this place first; what it names already may be where the packages are."""
+    packages = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(place), *([packages] if packages else [])])
+
+
 def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
@@ -114,9 +120,8 @@ class Lab:
 
     def environment(self, faults: list[dict[str, Any]] | None = None, **extra: str) -> dict[str, str]:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("LONGRUN_")}
-        packages = inherited.get("PYTHONPATH")  # where they are installed nowhere else
         return inherited | {
-            "PYTHONPATH": os.pathsep.join([str(PROBE), *([packages] if packages else [])]),
+            "PYTHONPATH": python_path(PROBE),
             "LONGRUN_PROBE": str(self.probe),
             "LONGRUN_FAULTS": json.dumps(faults or []),
             "HF_HUB_OFFLINE": "1",

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from bench.idle import gpu_memory_mb
+
 CUDA_CONTEXT_MB = 100  # at least, however small the model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -27,12 +29,6 @@ def gpu(monkeypatch):
 def can_be_seen() -> bool:
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
     return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == "True"
-
-
-def memory_used_mb() -> int:
-    """Of all devices and by whoever: inside a container nvidia-smi names no processes."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
 
 
 def test_a_file_is_trained_in_bf16_and_every_row_once(lab):
@@ -68,7 +64,7 @@ def test_an_idle_worker_leaves_the_device(make_lab):
     lab.start()
     lab.drop("a.jsonl", 9)
     lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
-    warm_mb = memory_used_mb()
+    warm_mb = gpu_memory_mb()
     assert "its memory is released" not in lab.log, "measured too late"
     lab.wait_until(lambda: "its memory is released" in lab.log)
-    lab.wait_until(lambda: memory_used_mb() <= warm_mb - CUDA_CONTEXT_MB)
+    lab.wait_until(lambda: gpu_memory_mb() <= warm_mb - CUDA_CONTEXT_MB)

@@ -87,7 +87,7 @@ THEN_TRAINED = {
     "python train.py examples/": "greetings-2.jsonl",
 }
 # The environment is made by make; a named base model has a test of its own.
-ELSEWHERE = (". .venv", "python daemon.py run --home ~/qwen --base-model")
+ELSEWHERE = (". .venv", "python daemon.py run --home ~/qwen --base-model", "python daemon.py doctor --home ~/qwen")
 
 
 def test_every_command_of_the_readme_works_in_its_order(checkout):
@@ -102,12 +102,16 @@ def test_every_command_of_the_readme_works_in_its_order(checkout):
 
 
 def test_a_named_base_model_is_trained(make_lab, tmp_path):
-    (line,) = [command for command in commands() if HUB_MODEL in command]
     random_weights_folder(tmp_path / "qwen3", "qwen3")
     lab = make_lab()
     lab.drop("a.jsonl", 9)
-    arguments = line.replace(HUB_MODEL, str(tmp_path / "qwen3")).replace("~/qwen ", f"{lab.home} ").split()[3:]
-    assert lab.drain(*arguments) == 0
+    doctor, run = (
+        command.replace(HUB_MODEL, str(tmp_path / "qwen3")).replace("~/qwen ", f"{lab.home} ").split()[2:]
+        for command in commands()
+        if HUB_MODEL in command
+    )
+    assert lab.command(*doctor).returncode == 0
+    assert lab.drain(*run[1:]) == 0
     assert lab.times_trained("a", 9) == {1: 9}
     assert lab.lineage["base_model"] == str(tmp_path / "qwen3")
     told = lab.command("reset", "--yes").stdout

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.lab import REPOSITORY, python_path
+
 LIMIT_S = 10.0  # no command may hang
 MEMORY_BYTES = 200 << 20
 
@@ -54,9 +55,7 @@ class Outcome:
 class Hand:
     def __init__(self, children: str = "scripted", **environment: str) -> None:
         command = [sys.executable, "-m", "tests.drills.hand", children]
-        packages = os.environ.get("PYTHONPATH")
-        path = os.pathsep.join([str(REPOSITORY), *([packages] if packages else [])])
-        here = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment
+        here = os.environ | {"PYTHONPATH": python_path(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environment
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=here
         )
