@@ -137,10 +137,14 @@ def _list(args: argparse.Namespace, home: Home) -> int:
     catalogue = _catalogue(args, home)
     found = [backup for backup in catalogue.all() if args.type in (None, backup.type)]
     unreadable = sorted(set(catalogue.ids()) - {backup.id for backup in catalogue.all()})
+    bases = {backup.base_model for backup in found}
     _say(
         args,
         {"store": catalogue.place, "backups": [backup.facts() for backup in found], "unreadable": unreadable},
-        [*map(_line, found), *(f"{backup}  DAMAGED: see `verify`" for backup in unreadable)]
+        [
+            *(_line(backup, base=len(bases) > 1) for backup in found),
+            *(f"{backup}  DAMAGED: see `verify`" for backup in unreadable),
+        ]
         or ["there are no backups"],
     )
     return ExitCode.OK
@@ -158,12 +162,18 @@ def _is_url(text: str) -> bool:
     return "://" in text
 
 
-def _line(backup: Manifest) -> str:
+def _line(backup: Manifest, *, base: bool = False) -> str:
+    """The backup on one line; with `base`, what the model in it grew from."""
     when = datetime.fromisoformat(backup.created).astimezone().strftime("%Y-%m-%d %H:%M")
     step = "step ?" if backup.global_step is None else f"step {backup.global_step}"
-    told = [backup.reason] if backup.reason else []
+    told = [_grown(backup)] if base and backup.base_model else []
+    told += [backup.reason] if backup.reason else []
     told += [] if backup.complete else [f"INCOMPLETE: {backup.faults[0]}"]
     return f"{backup.id}  {when}  {step:<12} {_size(backup.size_bytes):>9}  {'; '.join(told)}".rstrip()
+
+
+def _grown(backup: Manifest) -> str:
+    return f"grown from {config.unpinned(backup.base_model or '')}"
 
 
 def _verify(args: argparse.Namespace, home: Home) -> int:
@@ -182,7 +192,8 @@ def _verify(args: argparse.Namespace, home: Home) -> int:
     lines = [f"DAMAGED  {found}" for found in damage]
     lines += dict.fromkeys(found.fix for found in damage if found.fix)
     if not damage:
-        lines = [f"{len(looked_at)} backups, {len(sizes)} contents, {_size(sum(sizes.values()))}: all good ({how})"]
+        what = f"{counted(len(looked_at), 'backup')}, {counted(len(sizes), 'content')}"
+        lines = [f"{what}, {_size(sum(sizes.values()))}: all good ({how})"]
     facts = {"backups": [backup.id for backup in looked_at], "bytes": sum(sizes.values()), "quick": args.quick}
     _say(args, facts | {"damage": [asdict(found) for found in damage]}, lines)
     return ExitCode.FAILURE if damage else ExitCode.OK
@@ -210,6 +221,8 @@ def _restore(args: argparse.Namespace, home: Home) -> int:
     }
     facts |= {"global_step": manifest.global_step, "complete": manifest.complete, "faults": list(manifest.faults)}
     lines = [f"{target} is {manifest.id} now, every byte verified"]
+    if manifest.base_model:
+        lines.append(f"    a model at global step {manifest.global_step}, {_grown(manifest)}")
     lines += [f"    but it was INCOMPLETE when it was backed up: {fault}" for fault in manifest.faults]
     if former:
         lines.append(f"what was there is kept as {former}; delete it when you are sure")
@@ -239,7 +252,11 @@ def _prune(args: argparse.Namespace, home: Home) -> int:
         pruned = store.prune(args.ids, _keep(args, home), execute=args.execute)
     verb = "removed" if args.execute else "would remove"
     lines = [f"{verb}  {_line(backup)}" for backup in pruned.backups]
-    lines.append(f"{_size(pruned.freed_bytes)} {'freed' if args.execute else 'would be freed; --execute does it'}")
+    freed = _size(pruned.freed_bytes)
+    if pruned.backups or pruned.freed_bytes:
+        lines.append(f"{freed} freed" if args.execute else f"{freed} would be freed; --execute does it")
+    else:
+        lines.append("there is nothing to remove")
     facts = {"removed": [backup.id for backup in pruned.backups], "freed_bytes": pruned.freed_bytes}
     _say(args, facts | {"executed": args.execute}, lines)
     return ExitCode.OK

@@ -39,6 +39,7 @@ def show_status(home: Home, *, as_json: bool) -> int:
     facts = status.read(home)
     if not facts["current"]:  # else the note's steps belong together
         facts["global_step"] = status.published_step(home)
+    facts["base_model"] = status.base_model(home)
     facts["rejected"] = sum(1 for _ in home.rejected.glob("*.reason.json"))  # those that were dropped again are not
     if facts["state"] == "stopped":
         facts |= _missing_now(home)
@@ -77,6 +78,8 @@ def _status_lines(facts: dict[str, Any], hint: str) -> Iterator[str]:
     if "stale_s" in facts:
         yield f"             has not answered for {facts['stale_s']} s: it may hang"
     yield f"global step  {facts['global_step']}"
+    if facts["base_model"]:
+        yield f"base model   {facts['base_model']}"
     current = facts["current"]
     if current:
         left = f", {current['eta_s']:.0f} s left" if current["eta_s"] else ""

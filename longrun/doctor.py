@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longrun import config, disk, locks
 from longrun.commands import say
 from longrun.errors import BadConfig, ExitCode, LongrunError
-from longrun.wording import printable
+from longrun.wording import counted, printable
 from longrun.worker import PROGRAM
 
 if TYPE_CHECKING:
@@ -70,7 +71,17 @@ def _look_at_disk(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     free = shutil.disk_usage(home.root).free
     if free < config.MEBIBYTE * 256:
         raise LongrunError(f"{free / 1e6:.0f} MB are free", hint="make room: a checkpoint needs about 3x the model")
-    return f"{free / 1e9:.1f} GB are free"
+    return f"{free / 1e9:.1f} GB are free{_kept(home)}"
+
+
+def _kept(home: Home) -> str:
+    """What restores have left for a person to delete, with its size."""
+    model = home.model.resolve()
+    former = list(model.parent.glob(f"{glob.escape(model.name)}.replaced-*"))
+    size = sum(map(disk.tree_bytes, former))
+    if not former:
+        return ""
+    return f"; {counted(len(former), 'former model')}, {size / 1e9:.1f} GB: delete {model}.replaced-* when you are sure"
 
 
 def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:
@@ -113,7 +124,7 @@ def _look_at_device(home: Home, flags: dict[str, Any]) -> str:
 def _look_at_base_model(home: Home, flags: dict[str, Any]) -> str:
     from longrun.compose import ask_for_base_model
 
-    source = config.load(home.settings, flags=flags).model.base_model
+    source = config.load(home.settings, flags=flags, only="model").model.base_model
     ask_for_base_model(source)
     return source
 

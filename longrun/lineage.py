@@ -230,14 +230,14 @@ class LineageReader:
         return lineage
 
 
-def name_in(file: IO[bytes]) -> str:
-    """Which lineage was written by to_json; of a long one, the records are not read.
+def word_in(file: IO[bytes], name: str) -> str:
+    """`lineage` or `base_model` of what was written by to_json; of a long one, the records are not read.
 
     ValueError, KeyError or TypeError when it is none.
     """
     head = file.readline()
     content = head.removesuffix(_FILES) + b"}" if head.endswith(_FILES) else head + file.read()
-    found: str = json.loads(content)["lineage"]
+    found: str = json.loads(content)[name]
     return found
 
 

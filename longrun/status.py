@@ -121,3 +121,15 @@ def published_step(home: Home) -> int:
         return int(json.loads((home.model / "trainer_state.json").read_bytes())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def base_model(home: Home) -> str | None:
+    """What the published model grew from; None when there is none, or it does not say."""
+    from longrun.config import unpinned
+    from longrun.lineage import word_in
+
+    try:
+        with (home.model / "lineage.json").open("rb") as file:
+            return unpinned(word_in(file, "base_model"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -36,7 +36,9 @@ def test_a_trained_file_goes_to_trained(home: Home) -> None:
 def test_a_rejected_file_goes_with_its_reason(home: Home) -> None:
     refused = claimed(home, job(1, JobState.REJECTED, sha256="ab", reason=REASON))
     assert archive.put_away(home, refused) == home.rejected / "x.jsonl"
-    told = json.loads((home.rejected / "x.jsonl.reason.json").read_bytes())
+    text = (home.rejected / "x.jsonl.reason.json").read_text()
+    assert '\n "kind": "content",\n' in text, "a line for each fact, however many rows one names"
+    told = json.loads(text)
     assert told == {"file": "x.jsonl", "job": 1, "sha256": "ab", "kind": "content", "why": "bad", "line": 3}
     assert not home.job(1).exists()
 

@@ -10,17 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import backup_manager
-from longrun import backup_commands, locks, replacing
+from longrun import backup_commands, checkpoint, disk, locks, replacing
 from longrun import store as stores
 from longrun.home import Home
 from longrun.store import Store
-from tests.unit.builders import add_checkpoint, content_of, damage, plain_model, state_of
+from tests.unit.builders import add_checkpoint, content_of, damage, lineage_at, plain_model, stage, state_of
 from tests.unit.test_store import weights_in
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def test_lists_are_by_type_and_say_what_is_damaged(trained: Home, said: Any) -> 
 
 def test_verify_names_what_is_damaged_and_whom_it_concerns(trained: Home, said: Any, capsys: Any) -> None:
     said("backup", "current_model")
-    assert said("verify").startswith("1 backups, ")
+    assert said("verify").startswith("1 backup, ")
     assert said("verify", "latest", "--quick").endswith("all good (manifests and sizes)\n")
     store = Store(trained.backups)
     damage(weights_in(store, store.all()[0]), "flipped")
@@ -350,9 +351,10 @@ def test_a_restore_keeps_what_was_there_and_says_what_it_has_not_seen(trained: H
     lines = said("restore", "latest").splitlines()
     made = Store(trained.backups).ids()[0]
     assert lines[0] == f"{trained.model} is {made} now, every byte verified"
-    assert lines[1].startswith(f"what was there is kept as {trained.model}.replaced-")
-    assert lines[2] == "`daemon.py missing` lists the files that this model has not seen"
-    assert said("restore", "latest", "elsewhere") == f"elsewhere is {made} now, every byte verified\n"
+    assert lines[1] == "    a model at global step 5, grown from tiny"
+    assert lines[2].startswith(f"what was there is kept as {trained.model}.replaced-")
+    assert lines[3] == "`daemon.py missing` lists the files that this model has not seen"
+    assert said("restore", "latest", "elsewhere").startswith(f"elsewhere is {made} now, every byte verified\n")
 
 
 def test_a_model_that_is_trained_is_not_replaced(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +383,23 @@ def test_prune_says_what_and_does_it_when_told_to(trained: Home, said: Any) -> N
     assert lines[1] == "0 B would be freed; --execute does it"
     assert json.loads(said("prune", "--execute", "--json"))["removed"] == [first]
     assert Store(trained.backups).ids() == [second]
+    assert said("prune") == said("prune", "--execute") == "there is nothing to remove\n"
     assert "it is the newest complete backup" in said("prune", second, "--execute", code=1)
+
+
+def test_models_of_several_base_models_are_told_apart_in_the_list(trained: Home, said: Any) -> None:
+    said("backup", "--reason", "before")
+    assert said("list").rstrip().endswith("before")
+    assert "grown from" not in said("list")
+    disk.remove_tree(trained.model, trained.staging)
+    with checkpoint.OpenModel(trained, None) as model:
+        grown = replace(lineage_at(5, "two"), base_model="org/name@0123456789")
+        checkpoint.publish(trained, model.commit(stage(trained, 5), grown, keep=1).path)
+    said("backup", "--reason", "after")
+    assert [line.rpartition("  ")[2] for line in said("list").splitlines()] == [
+        "grown from tiny; before",
+        "grown from org/name; after",
+    ]
 
 
 def test_a_prune_beside_a_backup_is_locked_out(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,17 @@ def test_the_step_of_a_stopped_daemon_is_that_of_the_model(home: Home, capsys: p
     assert json.loads(capsys.readouterr().out)["global_step"] == 50
 
 
+def test_status_names_the_base_model_of_the_model_that_is_there(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.show_status(home, as_json=True)
+    assert json.loads(capsys.readouterr().out)["base_model"] is None
+    add_checkpoint(home, 5)
+    commands.show_status(home, as_json=False)
+    assert "global step  5\nbase model   tiny\n" in capsys.readouterr().out
+    (home.model / "lineage.json").write_text("[")
+    commands.show_status(home, as_json=True)
+    assert json.loads(capsys.readouterr().out)["base_model"] is None
+
+
 @pytest.mark.usefixtures("daemon")
 def test_status_says_what_to_do_about_a_pause_and_what_the_first_minute_is_for(
     home: Home, capsys: pytest.CaptureFixture[str]
