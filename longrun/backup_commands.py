@@ -22,7 +22,7 @@ from longrun.manifest import BackupType, Manifest
 from longrun.replacing import alone_with_model
 from longrun.retention import Keep
 from longrun.store import LATEST, Store, telling
-from longrun.wording import counted, printable
+from longrun.wording import counted, printable, unpinned
 
 if TYPE_CHECKING:
     import argparse
@@ -173,7 +173,7 @@ def _line(backup: Manifest, *, base: bool = False) -> str:
 
 
 def _grown(backup: Manifest) -> str:
-    return f"grown from {config.unpinned(backup.base_model or '')}"
+    return f"grown from {unpinned(backup.base_model or '')}"
 
 
 def _verify(args: argparse.Namespace, home: Home) -> int:

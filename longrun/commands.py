@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrun import disk, locks, requests, status
 from longrun.errors import BadFile, BadModel, ExitCode, LongrunError, NotRunning
-from longrun.wording import counted, printable
+from longrun.wording import counted, printable, unpinned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -297,7 +297,7 @@ def _another_base(home: Home, settings: Settings) -> str:
         return ""  # nobody can tell
     if lineage is None or not config.is_other_base(settings, lineage, home.root):
         return ""
-    base = config.unpinned(lineage.base_model)
+    base = unpinned(lineage.base_model)
     running = locks.holder(home.daemon_lock) is not None
     return (
         f"it grew from {base}, and the settings name {settings.model.base_model}: to begin from {base} again, set"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from longrun.errors import BadConfig
 from longrun.plan import Recipe
 from longrun.retention import Keep
+from longrun.wording import unpinned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -215,11 +216,6 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise BadConfig(f"cannot use {path}: there is no user of that name here", hint="write the path out") from None
-
-
-def unpinned(base_model: str) -> str:
-    """A hub name without the commit that the lineage pinned it to; a folder as it is."""
-    return base_model if base_model.startswith("/") else base_model.partition("@")[0]
 
 
 def _from_file(path: Path, only: str) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from longrun import archive, blame, disk, wire
-from longrun.config import unpinned
 from longrun.errors import CannotTrain
 from longrun.home import FACTS
 from longrun.job import Job, JobState
-from longrun.wording import counted
+from longrun.wording import counted, unpinned
 from longrun.worker import Child
 
 if TYPE_CHECKING:

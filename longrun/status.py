@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longrun import disk, locks
+from longrun.wording import unpinned
 
 if TYPE_CHECKING:
     from longrun.home import Home
@@ -125,7 +126,6 @@ def published_step(home: Home) -> int:
 
 def base_model(home: Home) -> str | None:
     """What the published model grew from; None when there is none, or it does not say."""
-    from longrun.config import unpinned
     from longrun.lineage import word_in
 
     try:

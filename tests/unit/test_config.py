@@ -202,12 +202,6 @@ def test_a_folder_named_tiny_is_not_taken_for_the_built_in_model(load: Callable[
     assert load().model.base_model == "tiny"
 
 
-def test_a_pinned_name_is_known_without_its_commit() -> None:
-    assert config.unpinned("org/name@0123abc") == "org/name"
-    assert config.unpinned("/models/a@b") == "/models/a@b"
-    assert config.unpinned("tiny") == "tiny"
-
-
 def test_a_model_grows_on_only_from_its_own_base(load: Callable[..., Settings], tmp_path: Path) -> None:
     def check(settings: Settings, grown: str) -> None:
         config.check_model(settings, Lineage(lineage="one", base_model=grown), tmp_path)
