@@ -114,7 +114,9 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
     shutil.copytree(files.parent / "base", home / "base")
     (home / "files.json").write_text(json.dumps(list(rows)))
     third = list(rows)[2]
-    environment = os.environ | {
+    environment = {
+        "OMP_NUM_THREADS": str(os.cpu_count()),  # unless fewer are to be used, as beside other tests
+        **os.environ,
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{PROBE}:{ROOT}" if recipe.apart else python_path(PROBE, ROOT),
         "BENCH_PROBE": str(home / "forwards.jsonl"),
@@ -122,7 +124,6 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
         "BENCH_KILL": f"{third}:{math.ceil(math.ceil(rows[third] / BATCH) / 2)}",
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
-        "OMP_NUM_THREADS": str(os.cpu_count()),
     }
     if recipe.is_ours:
         fill(home, [files / f"{name}.jsonl" for name in rows], SETTINGS)
