@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from longrun import disk
 from longrun.errors import BadModel, ModelRemoved
-from longrun.lineage import Lineage, LineageReader, word_in
+from longrun.lineage import Lineage, LineageReader, head_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -183,7 +183,8 @@ def _lineage_in(folder: Path) -> str | None:
     """Which lineage the folder says it is of; None when it does not say."""
     try:
         with (folder / LINEAGE).open("rb") as file:
-            return word_in(file, "lineage")
+            found: str = head_in(file)["lineage"]
+            return found
     except _UNREADABLE:
         return None
 

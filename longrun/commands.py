@@ -39,7 +39,7 @@ def show_status(home: Home, *, as_json: bool) -> int:
     facts = status.read(home)
     if not facts["current"]:  # else the note's steps belong together
         facts["global_step"] = status.published_step(home)
-    facts["base_model"] = status.base_model(home)
+    facts |= status.of_model(home)
     facts["rejected"] = sum(1 for _ in home.rejected.glob("*.reason.json"))  # those that were dropped again are not
     if facts["state"] == "stopped":
         facts |= _missing_now(home)
@@ -87,6 +87,9 @@ def _status_lines(facts: dict[str, Any], hint: str) -> Iterator[str]:
         steps = f"{current['done_steps']} of {current['planned_steps']} steps"
         yield f"training     {current['file']}: {steps}{left}{doing}"
         yield f"             from global step {current['base_step']} to {current['target_step']}"
+    elif begun := facts["begun"]:
+        steps = f"{begun['done_steps']} of {begun['planned_steps']} steps"
+        yield f"begun        {begun['file']}: {steps} are in the model, and the rest comes first"
     yield f"queue        {facts['queued']}" + (f": {', '.join(facts['queue'][:5])}" if facts["queue"] else "")
     for name in facts.get("settling", [])[:5]:
         written = name in facts.get("being_written", [])
@@ -266,7 +269,7 @@ def reset(home: Home, flags: dict[str, Any], *, yes: bool) -> int:
     settings = config.load(home.settings, flags=flags)
     store = Store(settings.backup.folder(home.root))
     step = status.published_step(home)
-    if not home.model.is_dir():
+    if not home.model.is_dir() and locks.holder(home.training_lock) is None:
         raise LongrunError(f"cannot reset {home.root}: there is no {home.model.name}/", hint="nothing is to be done")
     if not yes:
         _ask(f"Back up the model at global step {step} and begin anew? [y/N] ")

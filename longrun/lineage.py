@@ -230,14 +230,13 @@ class LineageReader:
         return lineage
 
 
-def word_in(file: IO[bytes], name: str) -> str:
-    """`lineage` or `base_model` of what was written by to_json; of a long one, the records are not read.
-
-    ValueError, KeyError or TypeError when it is none.
-    """
+def head_in(file: IO[bytes]) -> dict[str, Any]:
+    """What to_json wrote before the records, which of a long one are not read; ValueError when it is no JSON object."""
     head = file.readline()
     content = head.removesuffix(_FILES) + b"}" if head.endswith(_FILES) else head + file.read()
-    found: str = json.loads(content)[name]
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
     return found
 
 

@@ -124,12 +124,24 @@ def published_step(home: Home) -> int:
         return 0
 
 
-def base_model(home: Home) -> str | None:
-    """What the published model grew from; None when there is none, or it does not say."""
-    from longrun.lineage import word_in
+def of_model(home: Home) -> dict[str, Any]:
+    """What the published model says of itself: its `base_model`, and the file of this home that is `begun` in it.
+
+    None each, where there is no model, or it does not say.
+    """
+    from longrun.lineage import head_in
 
     try:
         with (home.model / "lineage.json").open("rb") as file:
-            return unpinned(word_in(file, "base_model"))
+            head = head_in(file)
+        return {"base_model": unpinned(head["base_model"]), "begun": _begun(home, head["in_progress"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"base_model": None, "begun": None}
+
+
+def _begun(home: Home, here: dict[str, Any] | None) -> dict[str, Any] | None:
+    from longrun import archive
+
+    if not here or here["plan"]["home"] not in (home.id, "") or not archive.claimed_files(home, here["plan"]["job"]):
         return None
+    return {"file": here["plan"]["name"], "done_steps": here["done_steps"], "planned_steps": here["planned_steps"]}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from longrun import commands, disk, locks, requests, status
-from longrun.errors import BadConfig, LongrunError, NotRunning
+from longrun.errors import BadConfig, Locked, LongrunError, NotRunning
 from longrun.home import Home
 from longrun.job import JobState
 from longrun.ledger import Ledger
@@ -20,6 +20,8 @@ from tests.unit.builders import add_checkpoint, job, lineage_at, plan_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from longrun.plan import Plan
 
 
 GOOD = b'{"text": "a"}\n' * 16
@@ -38,6 +40,19 @@ def note(home: Home, **facts: Any) -> None:
     pid = (locks.holder(home.daemon_lock) or {}).get("pid")
     known = {"state": "idle", "pid": pid, "current": None, "queued": 0, "queue": [], "problems": []}
     status.write(home, known | facts)
+
+
+def begin(home: Home) -> Plan:
+    """A model in the middle of job 4, at global step 7, whose file waits to be gone on with."""
+    home.id_file.write_text("this home")
+    plan = replace(plan_of(80, base_step=5, job=4, home="this home"), name="begun.jsonl")
+    begun = InProgress(plan=plan, done_steps=2, loss_sum=0.0, last_loss=None)
+    home.model.mkdir()
+    (home.model / "lineage.json").write_text(Lineage(lineage="l", base_model="tiny").at(begun).to_json())
+    (home.model / "trainer_state.json").write_text('{"global_step": 7}')
+    home.claimed(4).mkdir(parents=True)
+    (home.claimed(4) / "begun.jsonl").write_bytes(GOOD)
+    return plan
 
 
 # -- status
@@ -103,6 +118,24 @@ def test_status_names_the_base_model_of_the_model_that_is_there(home: Home, caps
     (home.model / "lineage.json").write_text("[")
     commands.show_status(home, as_json=True)
     assert json.loads(capsys.readouterr().out)["base_model"] is None
+
+
+def test_status_says_how_much_of_a_file_that_was_cut_off_is_in_the_model(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(home)
+    commands.show_status(home, as_json=False)
+    assert "begun        begun.jsonl: 2 of 10 steps are in the model, and the rest" in capsys.readouterr().out
+    commands.show_status(home, as_json=True)
+    begun = json.loads(capsys.readouterr().out)["begun"]
+    assert begun == {"file": "begun.jsonl", "done_steps": 2, "planned_steps": 10}
+    home.id_file.write_text("another home")
+    commands.show_status(home, as_json=True)
+    assert json.loads(capsys.readouterr().out)["begun"] is None
+    home.id_file.write_text("this home")
+    disk.remove_tree(home.job(4), home.staging)
+    commands.show_status(home, as_json=True)
+    assert json.loads(capsys.readouterr().out)["begun"] is None
 
 
 @pytest.mark.usefixtures("daemon")
@@ -360,6 +393,12 @@ def test_a_model_that_does_not_tell_what_it_grew_from_is_reset_all_the_same(
     assert not home.model.exists()
 
 
+def test_a_reset_in_the_first_file_before_its_first_checkpoint_is_refused_as_in_any_other(home: Home) -> None:
+    training = locks.Lock.take(home.training_lock, what="training")
+    with training, pytest.raises(Locked, match=r"current_model is held by training .*`daemon.py stop`"):
+        commands.reset(home, {}, yes=True)
+
+
 def test_a_reset_without_a_yes_or_without_a_model_changes_nothing(home: Home) -> None:
     with pytest.raises(LongrunError, match="there is no current_model/"):
         commands.reset(home, {}, yes=True)
@@ -413,15 +452,8 @@ def test_check_counts_from_where_the_files_before_it_end(
     home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.jsonl").write_bytes(GOOD)
-    home.id_file.write_text("this home")
-    plan = replace(plan_of(80, base_step=5, job=4, home="this home"), name="begun.jsonl")
-    begun = InProgress(plan=plan, done_steps=2, loss_sum=0.0, last_loss=None)
-    home.model.mkdir()
-    (home.model / "lineage.json").write_text(Lineage(lineage="l", base_model="tiny").at(begun).to_json())
-    (home.model / "trainer_state.json").write_text('{"global_step": 7}')
+    plan = begin(home)
     note(home, queued=2, queue=["begun.jsonl", "other.jsonl"])
-    home.claimed(4).mkdir(parents=True)
-    (home.claimed(4) / "begun.jsonl").write_bytes(GOOD)
     commands.check(home, tmp_path / "x.jsonl", {})
     told = capsys.readouterr().out
     assert f"(reaching global step {plan.target_step + 2})" in told

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longrun.lineage import FileRecord, InProgress, Lineage, LineageReader, word_in
+from longrun.lineage import FileRecord, InProgress, Lineage, LineageReader, head_in
 from longrun.plan import Plan, Recipe
 from tests.unit.builders import lineage_at, plan_of
 
@@ -32,10 +32,10 @@ def test_a_lineage_survives_json_exactly(lineage: Lineage) -> None:
     text = lineage.to_json()
     assert text.isascii()
     assert Lineage.from_json(text) == lineage
-    assert word_in(io.BytesIO(text.encode()), "lineage") == lineage.lineage
+    assert head_in(io.BytesIO(text.encode()))["lineage"] == lineage.lineage
     whole = json.dumps(json.loads(text), indent=1)  # as a person, or an older Longrun, may have written it
     assert Lineage.from_json(whole) == lineage
-    assert word_in(io.BytesIO(whole.encode()), "lineage") == lineage.lineage
+    assert head_in(io.BytesIO(whole.encode()))["lineage"] == lineage.lineage
 
 
 def test_json_tells_readers_how_far_the_job_is() -> None:
