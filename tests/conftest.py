@@ -49,6 +49,13 @@ def torch_hand() -> Iterator[Hand]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def hand() -> Iterator[Hand]:
+    """For daemons whose children are scripted, and for backup_manager.py: nothing is imported in any life."""
+    with Hand() as found:
+        yield found
+
+
 @pytest.fixture
 def lab(make_lab: Callable[..., Lab]) -> Lab:
     return make_lab()

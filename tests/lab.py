@@ -162,6 +162,11 @@ class Lab:
             time.sleep(0.05)
         return found
 
+    def wait_until_idle(self) -> None:
+        """Until the daemon that was started last says so."""
+        pid = self.daemons[-1].pid
+        self.wait_until(lambda: (note := self.note)["pid"] == pid and note["state"] == "idle")
+
     @property
     def log(self) -> str:
         path = self.home / "logs" / "daemon.log"
@@ -170,6 +175,13 @@ class Lab:
     @property
     def status(self) -> dict[str, Any]:
         return json.loads(self.command("status", "--json").stdout)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The daemon's own note: `status` without the time that a process takes, to wait for what it will say."""
+        path = self.home / "state" / "status.json"
+        empty = {"state": "", "pid": None, "current": None, "problems": [], "missing": None}
+        return json.loads(path.read_text()) if path.exists() else empty
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -74,11 +74,11 @@ def test_a_failing_backup_is_a_visible_problem_and_training_goes_on(make_lab, to
     for number in range(2):
         lab.drop(f"file{number}.jsonl", 9)
         lab.wait_until(lambda number=number: f"file{number}.jsonl" in lab.names("trained"))
-    lab.wait_until(lambda: lab.status["problems"])
+    lab.wait_until(lambda: lab.note["problems"])
     assert "the scheduled backup failed: cannot keep backups in" in lab.status["problems"][0]
     assert "the scheduled backup failed" in lab.log
     (lab.home / "backups").unlink()
-    lab.wait_until(lambda: not lab.status["problems"])
+    lab.wait_until(lambda: not lab.note["problems"])
     assert [backup["global_step"] for backup in listed(lab)] == [4]
 
 
@@ -87,13 +87,14 @@ def test_restore_refuses_while_a_file_is_trained_and_can_wait_for_its_end(lab):
     assert lab.drain() == 0
     assert manager(lab, "backup", "current_model").returncode == 0
     lab.start(faults=[SLOWLY])
-    lab.drop("b.jsonl", 160)
-    lab.wait_until(lambda: lab.status["state"] == "training" and lab.status["current"]["done_steps"] > 1)
+    lab.drop("b.jsonl", 400)
+    lab.wait_until(lambda: (current := lab.note["current"]) and current["done_steps"] > 1)
     refused = manager(lab, "restore", "latest")
     assert refused.returncode == 75
     assert "--when-idle" in refused.stderr
     assert manager(lab, "backup", "current_model").returncode == 0  # training is no obstacle to a backup
     first = listed(lab)[0]["id"]
+    assert lab.names("trained") == {"a.jsonl"}, "b.jsonl is not trained yet"
     assert manager(lab, "restore", first, "--when-idle").returncode == 0
     assert lab.names("trained") == {"a.jsonl", "b.jsonl"}
     assert lab.global_step == 2
@@ -110,7 +111,7 @@ def test_reset_backs_the_model_up_and_begins_anew(lab, running):
     before = content(lab.model)
     if running:
         lab.start()
-        lab.wait_until(lambda: lab.status["state"] == "idle")
+        lab.wait_until_idle()
     asked = lab.command("reset")
     assert asked.returncode == 1
     assert "--yes" in asked.stderr
@@ -133,8 +134,8 @@ def test_reset_backs_the_model_up_and_begins_anew(lab, running):
 def test_reset_waits_for_nobody_who_trains(lab):
     lab.start(faults=[SLOWLY])
     lab.drop("a.jsonl", 80)
-    lab.drop("b.jsonl", 160)
-    lab.wait_until(lambda: lab.status["current"] and lab.status["current"]["file"] == "b.jsonl")
+    lab.drop("b.jsonl", 400)
+    lab.wait_until(lambda: (current := lab.note["current"]) and current["file"] == "b.jsonl")
     refused = lab.command("reset", "--yes")
     assert refused.returncode == 75
     assert "daemon.py stop" in refused.stderr

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from contextlib import closing
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -40,9 +41,9 @@ def story(tmp_path_factory, torch_hand):
 
 
 @pytest.fixture
-def scripted(tmp_path):
+def scripted(tmp_path, hand):
     """A home whose children have no torch: they begin at once."""
-    with closing(Watched(tmp_path / "home")) as lab:
+    with closing(Watched(tmp_path / "home", hand=hand)) as lab:
         yield lab
 
 
@@ -130,13 +131,16 @@ def test_a_file_that_hangs_is_given_up_and_the_next_one_trains(make_lab, torch_h
 
 def test_what_takes_long_and_gets_on_is_no_hang(make_lab, torch_hand):
     """A step of many micro-batches, and a checkpoint whose writing says nothing: each longer than may be silent."""
-    settings = {"worker.step_timeout_s": 1.0, "worker.max_attempts": 1, "train.per_device_train_batch_size": 1}
+    settings = {"worker.step_timeout_s": 2.0, "worker.max_attempts": 1, "train.per_device_train_batch_size": 1}
     lab = make_lab(hand=torch_hand, **settings)
     lab.drop("patient.jsonl", 8)  # one step
     slow = {"role": "worker", "nth": 0}
-    steps = [{**slow, "at": STEP, "do": "slow"} for _ in range(3)]  # 8 times 0.3 s a step
+    steps = [{**slow, "at": STEP, "do": "slow"} for _ in range(6)]  # 8 times 0.6 s a step
     assert lab.drain(faults=[*steps, {**slow, "at": "longrun.checkpoint:seal", "do": "write slowly"}]) == 0
     assert lab.times_trained("patient", 8) == {1: 8}
+    started, saved = (next(e for e in lab.events if e["event"] == event) for event in ("started", "saved"))
+    assert saved["seconds"] > 2.0
+    assert datetime.fromisoformat(saved["time"]) - datetime.fromisoformat(started["time"]) > timedelta(seconds=6)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -203,9 +207,9 @@ def test_an_optimizer_that_cannot_go_on_from_the_state_of_another_changes_nothin
     assert 'to go on: optim = "adamw_torch_fused" below [train]' in " ".join(lab.status["problems"])
 
 
-def test_each_worker_that_a_file_kills_counts_until_the_file_is_given_up(tmp_path):
+def test_each_worker_that_a_file_kills_counts_until_the_file_is_given_up(tmp_path, hand):
     kill = {"at": "longrun.wire:Channel.send", "role": "worker", "about": "Progress(job=1,", "do": "kill"}
-    with closing(Watched(tmp_path / "home", **{"worker.max_attempts": 3})) as lab:
+    with closing(Watched(tmp_path / "home", hand=hand, **{"worker.max_attempts": 3})) as lab:
         lab.drop_rows("deadly", ROWS)
         lab.drop_rows("next", ROWS)
         assert lab.drain(faults=[{**kill, "once": f"kill-{number}"} for number in range(5)]) == 1

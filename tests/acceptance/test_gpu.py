@@ -43,6 +43,7 @@ def test_a_kill_in_mid_file_costs_no_row(make_lab):
     lab.drop("a.jsonl", 60)
     third = {"at": "transformers.trainer:Trainer.training_step", "role": "worker", "nth": 4, "do": "kill", "once": "a"}
     assert lab.drain(faults=[third]) == 0
+    assert "struck-a" in lab.names("probe")
     assert lab.times_trained("a", 60) == {1: 60}
 
 
@@ -55,6 +56,7 @@ def test_out_of_memory_keeps_the_batch_and_every_row(lab):
         "rows_over": 4,
     }
     assert lab.drain(faults=[too_much]) == 0
+    assert "for a day 4 rows at once" in lab.log
     assert lab.times_trained("a", 37) == {1: 37}
     assert lab.lineage["files"][0]["planned_steps"] == 5
 

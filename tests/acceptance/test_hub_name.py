@@ -20,11 +20,12 @@ def hub(tmp_path):
     return str(tmp_path / "hf")
 
 
-def test_a_hub_name_is_trained_and_pinned_to_the_commit_that_was_loaded(lab, hub):
+def test_a_hub_name_is_trained_and_pinned_to_the_commit_that_was_loaded(lab, hub, torch_hand):
     lab.drop("a.jsonl", 9)
     assert lab.drain("--base-model", "me/qwen", HF_HOME=hub) == 0
     assert lab.lineage["base_model"] == f"me/qwen@{COMMIT}"
-    # The second start names the commit itself, and needs no hub any more.
+    # The second start names the commit itself, and needs no hub any more: HF_HOME is read when hub code is imported.
+    lab.hand = torch_hand
     lab.drop("b.jsonl", 5)
     assert lab.drain("--base-model", f"me/qwen@{COMMIT}") == 0
     assert lab.lineage["base_model"] == f"me/qwen@{COMMIT}"

@@ -15,7 +15,7 @@ STEP = "transformers.trainer:Trainer.training_step"
 # Where each file's run is hit, in about the order of its life. "kill both" takes the worker and its daemon.
 KILLS = {
     "between two claims": {"at": "longrun.inbox:Inbox._take", "role": "daemon", "nth": 2},
-    "claimed, not synced": {"at": "longrun.disk:sync_tree", "role": "daemon", "about": "state/jobs"},
+    "claimed, not synced": {"at": "longrun.inbox:_make_durable", "role": "daemon", "about": "claimed"},
     "claimed, not recorded": {"at": "longrun.ledger:Ledger.claim", "role": "daemon", "about": "claimed"},
     "examined": {"at": "longrun.examine:examine", "role": "preparer", "when": "after"},
     "preparing": {"at": "longrun.training.prepare:_to_batch", "role": "preparer"},
@@ -36,7 +36,7 @@ KILLS = {
     "publishing, both": {
         "at": "longrun.checkpoint:publish", "role": "worker", "about": "checkpoint-51", "do": "kill both",
     },
-    "publishing": {"at": "longrun.checkpoint:_same", "role": "worker", "about": "checkpoint-54/trainer_state.json"},
+    "publishing": {"at": "longrun.checkpoint:_place", "role": "worker", "about": "checkpoint-54/trainer_state.json"},
     "retiring": {"at": "longrun.checkpoint:retire", "role": "worker", "nth": 2},
     "committed, not booked": {"at": "longrun.context:Context.finish", "role": "daemon", "about": "c.jsonl"},
     "booked, not archived": {"at": "longrun.archive:put_away", "role": "daemon", "about": "e.jsonl"},
@@ -90,6 +90,9 @@ def test_a_kill_in_every_phase_loses_no_row_and_changes_no_bit(unbroken, make_la
 
 
 def killed_while_settling(lab):
+    settings = lab.home / "longrun.toml"
+    before = settings.read_text()
+    settings.write_text(before.replace("settle_s = 0.3", "settle_s = 60"))
     daemon = lab.start()
     lab.wait_until(lambda: "Longrun watches" in lab.log)
     for name, rows in FILES.items():
@@ -97,3 +100,4 @@ def killed_while_settling(lab):
     time.sleep(0.1)
     lab.kill(daemon)
     assert lab.names("inbox") == {f"{name}.jsonl" for name in FILES}
+    settings.write_text(before)

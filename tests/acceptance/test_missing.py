@@ -119,24 +119,25 @@ def test_what_a_restored_model_lost_is_told_and_trained_again_to_the_same_bits(l
 
 def test_an_idle_daemon_notices_that_its_model_is_gone_and_makes_it_again(lab, undisturbed):
     lab.start()
-    lab.wait_until(lambda: lab.status["state"] == "idle")
+    lab.wait_until_idle()
     shutil.rmtree(lab.model)
-    lab.wait_until(lambda: lab.status["missing"] == ["a.jsonl", "b.jsonl", "c.jsonl"], limit_s=15)
+    lab.wait_until(lambda: lab.note["missing"] == ["a.jsonl", "b.jsonl", "c.jsonl"], limit_s=15)
+    assert lab.status["missing"] == lab.note["missing"]
     assert "what it learnt from a.jsonl, b.jsonl, c.jsonl (3 files, 118 rows)" in lab.log
     assert lab.command("retry", "--missing").returncode == 0
     lab.drop("d.jsonl", FILES["d"])
     lab.wait_until(lambda: len(lab.names("trained")) == 4)
-    lab.wait_until(lambda: lab.status["missing_files"] == 0)
+    lab.wait_until(lambda: lab.note["missing_files"] == 0)
     assert_as_if_nothing_had_happened(lab, undisturbed)
 
 
 def test_an_idle_daemon_notices_a_model_that_was_put_in_the_place_of_its_own(lab, moments):
     lab.start()
-    lab.wait_until(lambda: lab.status["state"] == "idle")
+    lab.wait_until_idle()
     restore(lab, moments / "after a")
-    lab.wait_until(lambda: lab.status["missing"] == ["b.jsonl", "c.jsonl"], limit_s=15)
+    lab.wait_until(lambda: lab.note["missing"] == ["b.jsonl", "c.jsonl"], limit_s=15)
     restore(lab, moments / "after c")
-    lab.wait_until(lambda: lab.status["missing"] == [], limit_s=15)
+    lab.wait_until(lambda: lab.note["missing"] == [], limit_s=15)
     assert lab.names("state/set_aside") == set()
 
 

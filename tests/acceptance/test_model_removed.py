@@ -41,7 +41,7 @@ def live_through(lab):
     train(lab, "first")
     shutil.rmtree(lab.model)
     train(lab, "idle")
-    train(lab, "settling", after_drop=lambda: (time.sleep(0.1), shutil.rmtree(lab.model)))
+    train(lab, "settling", after_drop=lambda: remove_while_settling(lab))
     for name in MOMENTS:
         (lab.probe / f"struck-{name}").unlink()  # from now on it may strike
         train(lab, name)
@@ -59,6 +59,12 @@ def train(lab, name, after_drop=None):
         after_drop()
     lab.wait_until(lambda: f"{name}.jsonl" in lab.names("trained"))
     look(lab, name, name)
+
+
+def remove_while_settling(lab):
+    time.sleep(0.1)
+    shutil.rmtree(lab.model)
+    assert "settling.jsonl" in lab.names("inbox"), "it was claimed too soon"
 
 
 def look(lab, key, name):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import json
 
+STEP = "transformers.trainer:Trainer.training_step"
+SLOW = {"at": STEP, "role": "worker", "row": "Say b-", "do": "slow", "nth": 0}  # so that the kill comes in its middle
 
-def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, dropout_model):
+
+def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, dropout_model, torch_hand):
     lab = make_lab(base_model=dropout_model, **{"train.batch_size": 8, "train.save_steps": 3, "worker.processes": 2})
     lab.drop("a.jsonl", 37)
     lab.drop("b.jsonl", 63)
-    daemon = lab.start()
+    daemon = lab.start(faults=[SLOW])
     lab.wait_until(lambda: lab.global_step >= 6)
     lab.kill(daemon)
+    assert lab.global_step < 13
+    assert all(sorted(shares.values()) == [4, 4] for shares in shares_by_step(lab)[:-1])  # the last was cut off
+    lab.hand = torch_hand
     lab.configure(**{"train.batch_size": 8, "model.base_model": str(dropout_model), "worker.processes": 1,
                      "train.per_device_train_batch_size": 4, "inbox.settle_s": 0.3})  # fmt: skip
     assert lab.drain() == 0
@@ -23,6 +30,16 @@ def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, d
         texts = [text for step in range(base, target) for text in rows[step]]
         seen = sorted(row for row in range(1, count + 1) for text in texts if f"Say {name}-{row:04d}." in text)
         assert seen == list(range(1, count + 1))
+
+
+def shares_by_step(lab):
+    """Of each step so far, how many rows each process received, with those that only fill it up."""
+    shares: dict[int, collections.Counter[int]] = {}
+    for line in (lab.probe / "batches.jsonl").read_text().splitlines():
+        batch = json.loads(line)
+        shares.setdefault(batch["global_step"], collections.Counter())[batch["pid"]] += len(batch["texts"])
+    assert len(shares) >= 6
+    return [shares[step] for step in sorted(shares)]
 
 
 def rows_by_step(lab):

@@ -101,9 +101,9 @@ def test_every_command_of_the_readme_works_in_its_order(checkout):
     assert reader.lab.names("rejected") == set()
 
 
-def test_a_named_base_model_is_trained(make_lab, tmp_path):
+def test_a_named_base_model_is_trained(make_lab, torch_hand, tmp_path):
     random_weights_folder(tmp_path / "qwen3", "qwen3")
-    lab = make_lab()
+    lab = make_lab(hand=torch_hand)
     lab.drop("a.jsonl", 9)
     doctor, run = (
         command.replace(HUB_MODEL, str(tmp_path / "qwen3")).replace("~/qwen ", f"{lab.home} ").split()[2:]

@@ -18,18 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from longrun import requests
+from longrun import locks, requests
 from longrun.home import Home
 from longrun.replacing import alone_with_model
 from tests.drills.daemons import SETTINGS, Watched
 from tests.lab import REPOSITORY, numbered
 
 STEPS = 10
+NO_WATCHER = {"at": "watchdog.observers.api:BaseObserver.start", "role": "daemon", "do": "EMFILE", "nth": 0}
 
 
 @pytest.fixture
-def lab(tmp_path):
-    with closing(Watched(tmp_path / "home")) as made:
+def lab(tmp_path, hand):
+    with closing(Watched(tmp_path / "home", hand=hand)) as made:
         yield made
 
 
@@ -50,9 +51,9 @@ def test_who_waits_to_replace_the_model_has_it_when_a_file_ends_however_many_wai
 
 def test_a_daemon_whose_lock_was_removed_as_stale_keeps_others_out(lab):
     daemon = lab.start()
-    lab.wait_until(lambda: lab.status["state"] == "idle")
+    lab.wait_until_idle()
     (lab.home / "state" / "daemon.lock").unlink()
-    lab.wait_until(lambda: lab.status["pid"] == daemon.pid)
+    lab.wait_until(lambda: locks.holder(lab.home / "state" / "daemon.lock"))
     second = lab.start()
     assert second.wait(60) == 75
     assert lab.status["pid"] == daemon.pid
@@ -68,18 +69,16 @@ def test_a_log_and_curves_that_are_removed_cost_nothing(lab):
     assert "attempt" not in lab.log
 
 
-@pytest.mark.parametrize("far", [False, True], ids=["here", "behind a link"])
-def test_a_drain_takes_what_comes_until_it_leaves(lab, tmp_path, far):
-    """Also where nothing rings: a file that came after the last look is looked for before the daemon leaves."""
-    if far:
-        lab.inbox.rename(tmp_path / "far")
-        lab.inbox.symlink_to(tmp_path / "far")
+@pytest.mark.parametrize("deaf", [False, True], ids=["it rings", "nothing rings"])
+def test_a_drain_takes_what_comes_until_it_leaves(lab, deaf):
+    """A file that came after the last look is looked for before the daemon leaves."""
     lab.configure(**SETTINGS | {"inbox.scan_s": 30.0})
     lab.drop_rows("a", 8 * STEPS)
-    daemon = lab.start("--drain", LONGRUN_STEP_S="0.1")
+    daemon = lab.start("--drain", faults=[NO_WATCHER] if deaf else [], LONGRUN_STEP_S="0.1")
     lab.wait_until(lambda: started(lab))
     lab.drop_rows("b", 8)
     assert daemon.wait(60) == 0
+    assert ("cannot watch the inbox" in lab.log) == deaf
     lab.check()
 
 
@@ -272,6 +271,7 @@ def test_a_file_that_gets_further_with_each_attempt_is_not_given_up(lab):
         for step in (5, 9, 13, 17)
     ]  # fmt: skip
     assert lab.drain(faults=kills) == 0
+    assert lab.names("probe") >= {f"struck-{kill['once']}" for kill in kills}
     lab.check()
 
 
@@ -280,6 +280,7 @@ def test_a_child_that_hangs_before_its_first_word_is_noticed(lab, role):
     lab.configure(**SETTINGS | {"worker.start_timeout_s": 2.0, "worker.step_timeout_s": 2.0})
     lab.drop_rows("a", 8)
     assert lab.drain(faults=[{"at": "longrun.wire:connect", "role": role, "do": "hang", "once": "hang"}]) == 0
+    assert "struck-hang" in lab.names("probe")
     lab.check()
 
 
@@ -350,7 +351,7 @@ def test_a_waiting_file_that_somebody_deleted_is_over_and_the_next_trains(lab):
     daemon = lab.start()
     for name in "ab":
         lab.drop_rows(name, 8)
-    lab.wait_until(lambda: len(lab.names("state/jobs")) == 2 and lab.status["queued"] == 2)
+    lab.wait_until(lambda: len(lab.names("state/jobs")) == 2 and lab.note["queued"] == 2)
     (claimed,) = lab.home.glob("state/jobs/*/claimed/a.jsonl")
     claimed.unlink()
     lab.command("resume")

@@ -29,7 +29,7 @@ def live_through(lab):
         lab.wait_until(lambda: [e for e in lab.events if e["event"] == "started"])
     lab.wait_until(lambda: lab.names("trained") == {f"{name}.jsonl" for name in FILES})
     lab.released = lab.wait_until(lambda: [e for e in lab.events if e["event"] == "released"])
-    lab.idle_status = lab.wait_until(lambda: (s := lab.status)["worker_pid"] is s["preparer_pid"] is None and s)
+    lab.idle_status = lab.wait_until(lambda: (note := lab.note)["worker_pid"] is note["preparer_pid"] is None and note)
     lab.kill(daemon)
 
 

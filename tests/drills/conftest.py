@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.drills.campaign import Campaign
-from tests.drills.hand import Hand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,12 +23,6 @@ def campaign(request: pytest.FixtureRequest) -> Iterator[Campaign]:
     found = Campaign(request.node.nodeid)
     yield found
     request.node.user_properties += [("drill", line) for line in found.lines]
-
-
-@pytest.fixture(scope="module")
-def hand() -> Iterator[Hand]:
-    with Hand() as found:
-        yield found
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -23,9 +23,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from longrun import checkpoint, disk, locks, process, wire  # noqa: E402
+from longrun import checkpoint, disk, examine, locks, process, wire  # noqa: E402
 from longrun.errors import BadFile, ModelRemoved  # noqa: E402
-from longrun.examine import examine  # noqa: E402
 from longrun.home import FACTS, ROWS, Home  # noqa: E402
 from longrun.lineage import InProgress, Lineage  # noqa: E402
 from longrun.plan import Plan  # noqa: E402
@@ -181,13 +180,13 @@ def prepare(socket: Path) -> None:
 
 
 def _examined(task: wire.Examine) -> wire.Examined:
-    found = examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes)
+    found = examine.examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes)
     facts = {**vars(found), "format": found.format.value, "on_bad_row": task.on_bad_row}
     return wire.Examined(job=task.job, facts=facts)
 
 
 def _prepared(task: wire.Prepare) -> wire.Prepared:
-    rows = examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes).rows
+    rows = examine.examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes).rows
     needed = ("sha256", "max_length", "base_model", "on_bad_row")
     counts = ("tokens", "trained_tokens", "truncated_rows", "untrainable_rows", "refused_rows")
     facts = {name: getattr(task, name) for name in needed} | dict.fromkeys(counts, 0)

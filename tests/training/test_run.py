@@ -50,6 +50,7 @@ def train_all(workshop, cuts=()):
         job, facts = workshop.prepare(name, rows)
         while workshop.train(job, facts, cut_before=cuts[0] if cuts else None) is None:
             cuts.pop(0)
+    assert not cuts, "none was left out"
     return workshop
 
 
@@ -60,7 +61,7 @@ def check_rows(workshop):
         assert workshop.times_trained(record.base_step, record.target_step, rows) == {epochs: rows}
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("per_device", [12, 4], ids=["accumulation 1", "accumulation 3"])
 def test_every_row_is_trained_once_an_epoch_and_cuts_change_no_bit(make_workshop, epochs, per_device):
     options = {"recipe": replace(RECIPE, epochs=epochs), "per_device": per_device}
