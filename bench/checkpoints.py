@@ -85,7 +85,7 @@ def share_row(model: str, run: Run) -> list[str]:
         model,
         f"{run.total_s:,.0f} s, {steps[-1]} steps",
         str(len(run.stalls)),
-        f"{share:.2%}",
+        f"{share:.2%}, {results.verdict(share <= BOUND)}",
         f"{sum(run.stalls[1:]) / later_s:.2%}" if run.stalls[1:] else "–",
         f"{most} steps, {most * run.step_s:.0f} s",
     ]
@@ -111,9 +111,9 @@ after a minute:
 {results.table(share_head, shares)}
 
 The checkpoint that ends a file comes besides: it is what makes the file trained. Nothing is written in the
-background. The interval keeps the share below {BOUND:.0%} already, so that is all there would be to gain, for a second
-copy of weights and moments in memory and, on a CPU, for cores that train; and at a file's end there is nothing to
-train meanwhile: the next plan begins from that checkpoint.
+background: the share of the time is all there would be to gain, for a second copy of weights and moments in memory
+and, on a CPU, for cores that train; and at a file's end there is nothing to train meanwhile: the next plan begins from
+that checkpoint.
 """
 
 

@@ -85,7 +85,10 @@ def train_all(daemon: Daemon, files: int, dice: random.Random) -> list[dict[str,
     looks: list[dict[str, float]] = []
     dropped = 0
     while len(looks) < files // EVERY:
-        trained = daemon.status["trained"]
+        told = daemon.status
+        trained = told["trained"]
+        if daemon.process.poll() is not None or told["rejected"]:
+            sys.exit(f"the daemon has ended, or rejected a file: {daemon.home}/logs/daemon.log tells why")
         while dropped < min(files, trained + AHEAD * 2):
             daemon.drop(f"f{dropped:05d}", numbered(f"f{dropped:05d}", ROWS, dice))
             dropped += 1

@@ -51,7 +51,7 @@ def gpu_memory_mb() -> int | None:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.CalledProcessError, ValueError):  # "[N/A]" where it is shared
         return None
 
 

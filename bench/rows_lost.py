@@ -78,7 +78,7 @@ class Outcome:
     """How a recipe did; rows are named `a-0001`."""
 
     wall_s: float
-    after_kill: str
+    after_kill: str = ""  # empty where the kill has not come
     times: collections.Counter[str] = field(default_factory=collections.Counter)  # trained in the model's life
     steps: int = 0
     # At the first step of each file; None where it was never trained.
@@ -127,13 +127,16 @@ def play(recipe: Recipe, home: Path, files: Path, rows: dict[str, int], python: 
     }
     if recipe.is_ours:
         fill(home, [files / f"{name}.jsonl" for name in rows], SETTINGS)
-    outcome = Outcome(0.0, "the third file trains nothing")
+    outcome = Outcome(0.0)
     for name, command in zip(rows, recipe.commands(home, files, rows, python), strict=False):
         run = name if recipe.run_each_file else "all"
         work(command, home, environment | {"BENCH_RUN": run}, outcome)
         if outcome.failed:
             break
     count(home / "forwards.jsonl", rows, outcome)
+    if not outcome.after_kill:
+        trains = any(row.startswith(f"{third}-") for row in outcome.times)
+        outcome.after_kill = "the third file ends before it" if trains else "the third file trains nothing"
     if recipe.is_ours:
         lineage = json.loads((home / "current_model" / "lineage.json").read_text())
         outcome.held_out = sum(record["held_out_rows"] for record in lineage["files"])
@@ -218,6 +221,9 @@ def packages_of(python: Path, *names: str) -> str:
 
 
 def line(name: str, found: list[Outcome], rows: dict[str, int]) -> list[str]:
+    failed = next((one.failed for one in found if one.failed), "")
+    if failed:  # what did not run has lost no row
+        return [name, *["–"] * 5, f"failed: {failed}".replace("|", "/"), "–"]
     one = found[0]
     planned = sum(math.ceil(count / BATCH) for count in rows.values())
     never = sum(rows.values()) - len(one.times) - one.held_out
@@ -226,11 +232,12 @@ def line(name: str, found: list[Outcome], rows: dict[str, int]) -> list[str]:
     rates = " ".join("–" if rate is None else f"{rate / RATE:.2f}" for rate in one.rates.values())
     wall = results.spread([other.wall_s for other in found], ".0f")
     remembered = " ".join("–" if steps is None else str(steps) for steps in one.adam_steps.values())
-    after = one.failed or one.after_kill
-    return [name, f"{never}{held_out}", str(more), f"{one.steps} of {planned}", rates, remembered, after, wall]
+    steps = f"{one.steps} of {planned}"
+    return [name, f"{never}{held_out}", str(more), steps, rates, remembered, one.after_kill, wall]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """1 when a recipe failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.rows_lost", description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="chat JSONL files (default: five uneven ones)")
     parser.add_argument("--folder", type=Path, help="an existing folder to work in (default: a temporary one)")
@@ -239,6 +246,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
+    if len(args.data) in (1, 2):
+        parser.error("the kill comes in the third file: name three or more")
+    if args.only and args.results == results.RESULTS:
+        parser.error("--only would leave the other recipes out of what is published: name other --results")
     chosen = {recipe: args.apart / recipe.program if recipe.apart else Path(sys.prefix) for recipe in RECIPES}
     chosen = {recipe: place / "bin" / "python" for recipe, place in chosen.items() if args.only in recipe.name}
     outcomes: dict[str, list[Outcome]] = {recipe.name: [] for recipe, python in chosen.items() if python.exists()}
@@ -256,7 +267,8 @@ def main(argv: list[str]) -> None:
                     print(f"round {number + 1} of {args.rounds}: {told}", flush=True)
             results.write_section(section, report(outcomes, chosen, rows, folder), args.results)  # a round takes long
     print(f"written to {args.results}")
+    return int(any(one.failed for found in outcomes.values() for one in found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -166,6 +166,7 @@ def difference_of_losses(base: Path, file: Path) -> float:
                     torch.tensor(sample[name], device=device)[None].long() for name in ("input_ids", "labels")
                 )
                 alone = model(ids, labels=wanted).loss
+                assert alone.isfinite() and together.isfinite(), "a loss that is no number compares with nothing"
                 greatest = max(greatest, float(abs(together - alone) / alone))
     return greatest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.rows_lost import Outcome, count
+from bench.rows_lost import Outcome, count, line
 
 
 def counted(path: Path, *forwards: tuple[int, str, int, list[str]]) -> Outcome:
@@ -16,7 +16,7 @@ def counted(path: Path, *forwards: tuple[int, str, int, list[str]]) -> Outcome:
         for pid, run, step, rows in forwards
     ]
     path.write_text("\n".join(lines))
-    outcome = Outcome(0.0, "")
+    outcome = Outcome(0.0)
     count(path, {"a": 2, "b": 2}, outcome)
     return outcome
 
@@ -38,3 +38,8 @@ def test_a_run_of_its_own_undoes_nothing_of_the_runs_before(tmp_path: Path) -> N
 
 def test_a_row_that_was_never_trained_has_no_rate(tmp_path: Path) -> None:
     assert counted(tmp_path / "probe", (1, "all", 0, ["a-0"])).rates == {"a": 0.0, "b": None}
+
+
+def test_a_recipe_that_failed_has_lost_no_row_in_the_table() -> None:
+    told = line("theirs", [Outcome(9.0), Outcome(0.1, failed="Error: a | b")], {"a": 8})
+    assert told == ["theirs", "–", "–", "–", "–", "–", "failed: Error: a / b", "–"]
