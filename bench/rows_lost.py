@@ -205,7 +205,8 @@ def report(outcomes: dict[str, list[Outcome]], chosen: dict[Recipe, Path], rows:
 Files of {", ".join(map(str, rows.values()))} rows, one epoch of each, {BATCH} rows a step: {planned} steps and
 {sum(rows.values())} rows are to be trained. A checkpoint every {SAVE_STEPS} steps; SIGKILL in the middle of the third
 file, then the same command again. Counted at the model's forward pass. At the first step of each file: the learning
-rate as a share of the one that was set, and of how many steps the optimizer has the moments. Wall time is of all
+rate as a share of the one that was set, and of how many steps the optimizer has the moments. A share of 0 is that of
+one step, in a schedule that has come to its end or, as axolotl's for longer files, warms up. Wall time is of all
 processes, their start included: {results.rounds(len(next(iter(outcomes.values()))))}, median (least–greatest);
 the rest is of the first round.
 
