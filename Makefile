@@ -12,7 +12,7 @@ run: .venv/run.stamp  ## watch inbox/ of this folder
 	@$(BIN)/python daemon.py run
 
 test: check  ## the same, and all tests with the real daemon and the real tiny model
-	$(BIN)/python -m pytest -n 3 --dist worksteal tests/training tests/acceptance tests/drills
+	$(BIN)/python -m pytest -n 3 --dist loadscope tests/training tests/acceptance tests/drills
 
 drills: .venv/drills.stamp  ## try to break the promises, in full, from where it was cut off: tests/drills/README.md
 	LONGRUN_DRILLS=full $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 tests/drills
