@@ -257,7 +257,7 @@ maps, as datasets does. Of {results.rounds(len(rounds))}, medians (least–great
 
 def limit_of_examining(megabytes: int, rounds: list[dict[str, Spent]]) -> str:
     """What examining cannot go below: json.loads parses a row, and a dozen calls of Python look at what it has."""
-    if not {"examine", "parsing", "reading"} <= rounds[0].keys():
+    if not {"examine", "parsing"} <= rounds[0].keys():
         return ""
     examine, parsing = (statistics.median(spent[name].cpu_s for spent in rounds) for name in ("examine", "parsing"))
     besides = [spent[name].cpu_s for spent in rounds for name in ("tokenising", "datasets, map") if name in spent]
