@@ -1,9 +1,10 @@
 """Daemon tax: N files through the daemon, against one plain Trainer over all their rows and a cold process for each.
 
-All three train the same model on the same rows with the same batches, learning rate and number of checkpoints. They
-run side by side and take turns: one runs for some seconds while the others are stopped, so that a drift of the machine
-meets all alike. Wall time is of whole commands, the start of Python and the loading of torch included, once for the
-first two; the time that a way was stopped is left out.
+All three train the same model on as many rows of the same lengths, with the same batches, learning rate and number of
+checkpoints; the daemon's files have some rows more, which it holds out and evaluates. They run side by side and take
+turns: one runs for some seconds while the others are stopped, so that a drift of the machine meets all alike. Wall
+time is of whole commands, the start of Python and the loading of torch included, once for the first two; the time that
+a way was stopped is left out.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from pathlib import Path
 
 from bench import results
 from bench.recipes import BATCH, RATE
-from bench.running import draining, fill, lines_of
+from bench.running import draining, fill, lines_of, run
 from bench.turns import SLICE_S, Way, take_turns
-from bench.workload import make_base, numbered
+from bench.workload import make_base, numbered, rows_for
 
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 DAEMON, PLAIN, COLD = "the daemon", "one plain Trainer over all rows", "a cold process for each file"
-CALIBRATING_STEPS = 20
+CALIBRATING_STEPS, WARM_UP = 60, 10
 PARTS_FILE = "parts.jsonl"
 # A file's time in the daemon, from plan to plan.
 STRETCHES = (
@@ -62,56 +63,83 @@ class Load:
     def __init__(self, folder: Path, files: int, steps: int) -> None:
         self.folder, self.steps = folder, steps
         self.names = [f"f{number:02d}" for number in range(files)]
-        folder.mkdir()
+        for place in (self._of_plain, self._of_daemon):
+            place.mkdir(parents=True)
         dice = random.Random(1)
-        contents = [
-            "".join(json.dumps(row) + "\n" for row in numbered(name, steps * BATCH, dice)) for name in self.names
-        ]
-        for name, content in zip(self.names, contents, strict=True):
-            (folder / f"{name}.jsonl").write_text(content)
-        (folder / "all.jsonl").write_text("".join(contents))
+        trained = steps * BATCH
+        everything = []
+        for name in self.names:
+            lines = [json.dumps(row) + "\n" for row in numbered(name, rows_for(trained), dice)]
+            (self._of_daemon / f"{name}.jsonl").write_text("".join(lines))
+            (self._of_plain / f"{name}.jsonl").write_text("".join(lines[:trained]))
+            everything += lines[:trained]
+        (self._of_plain / "all.jsonl").write_text("".join(everything))
+
+    @property
+    def _of_plain(self) -> Path:
+        return self.folder / "trained"
+
+    @property
+    def _of_daemon(self) -> Path:
+        return self.folder / "with-held-out"
 
     def through_the_daemon(self, home: Path) -> Way:
-        files = [self.folder / f"{name}.jsonl" for name in self.names]
+        never = 10 * len(self.names) * self.steps  # but at the end of each file
         settings = f"[train]\nbatch_size = {BATCH}\nper_device_train_batch_size = {BATCH}\nlearning_rate = {RATE}\n"
-        fill(home, files, f"{settings}save_steps = {self.steps}\n")
+        files = [self._of_daemon / f"{name}.jsonl" for name in self.names]
+        fill(home, files, f"{settings}save_steps = {never}\n")
         return Way([(["env", f"BENCH_PARTS={home / PARTS_FILE}", *draining(home, home / "base")], home)])
 
     def plain(self, home: Path) -> Way:
-        return Way([(self._recipe("plain", self.folder / "all.jsonl", home), home)])
+        return Way([(self.recipe("all", home), home)])
 
     def cold(self, home: Path) -> Way:
-        files = [self.folder / f"{name}.jsonl" for name in self.names]
-        return Way([(self._recipe("plain", file, home), home) for file in files])
+        return Way([(self.recipe(name, home), home) for name in self.names])
 
-    def _recipe(self, name: str, file: Path, home: Path) -> list[str]:
-        return [sys.executable, "-m", "bench.recipes", name, str(file), str(home), str(self.steps)]
+    def recipe(self, name: str, home: Path) -> list[str]:
+        file = self._of_plain / f"{name}.jsonl"
+        return [sys.executable, "-m", "bench.recipes", "plain", str(file), str(home), str(self.steps)]
 
 
 def one_round(load: Load, base: Path, folder: Path, order: list[str]) -> dict[str, Way]:
     started_by = {DAEMON: load.through_the_daemon, PLAIN: load.plain, COLD: load.cold}
-    ways = {}
-    for name in order:
-        home = home_of(folder, name)
-        home.mkdir(parents=True)
-        shutil.copytree(base, home / "base")
-        (home / "files.json").write_text(json.dumps(load.names))
-        ways[name] = started_by[name](home)
+    ways = {name: started_by[name](new_home(folder, name, load, base)) for name in order}
     take_turns(ways.values())
     for name, way in ways.items():
         print(f"  {name}: {way.wall_s:.1f} s", flush=True)
+    must_have_trained(load, home_of(folder, DAEMON))
     return ways
+
+
+def new_home(folder: Path, name: str, load: Load, base: Path) -> Path:
+    home = home_of(folder, name)
+    home.mkdir(parents=True)
+    shutil.copytree(base, home / "base")
+    (home / "files.json").write_text(json.dumps(load.names))
+    return home
 
 
 def home_of(folder: Path, name: str) -> Path:
     return folder / name.replace(" ", "-")
 
 
+def must_have_trained(load: Load, home: Path) -> None:
+    """RuntimeError unless the daemon made as many steps and checkpoints as the plain Trainer did."""
+    events = lines_of(home / "state" / "events.jsonl")
+    planned = [event["target_step"] for event in events if event["event"] == "planned"]
+    saved = [event["global_step"] for event in events if event["event"] == "saved"]
+    ends = [load.steps * (number + 1) for number in range(len(load.names))]
+    if not planned == saved == ends:
+        raise RuntimeError(f"the daemon planned up to {planned} and saved at {saved}, not at {ends}: no comparison")
+
+
 def seconds_a_step(base: Path, folder: Path) -> float:
     """Of the plain Trainer, its start and first steps left out."""
-    loads = [Load(folder / f"calibrate-{count}", 1, count) for count in (CALIBRATING_STEPS, 3 * CALIBRATING_STEPS)]
-    walls = [one_round(load, base, load.folder / "home", [PLAIN])[PLAIN].wall_s for load in loads]
-    return max((walls[1] - walls[0]) / (2 * CALIBRATING_STEPS), 1e-3)
+    load = Load(folder / "calibrate", 1, CALIBRATING_STEPS)
+    home = new_home(folder / "calibrated", PLAIN, load, base)
+    run(load.recipe(load.names[0], home), home, BENCH_PROBE=str(home / "forwards.jsonl"))
+    times = [forward["time"] for forward in lines_of(home / "forwards.jsonl")[WARM_UP:]]
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 # -- the report
@@ -163,7 +191,8 @@ def at(event: dict[str, str]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def report(what: str, rounds: list[dict[str, Way]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
+def report(load: Load, rounds: list[dict[str, Way]], parts: dict[str, list[float]], folder: Path, bound: float) -> str:
+    a_file_s = statistics.median(found[PLAIN].wall_s for found in rounds) / len(load.names)
     ratios = {way: [found[way].wall_s / found[PLAIN].wall_s for found in rounds] for way in (DAEMON, COLD)}
     reached = results.verdict(statistics.median(ratios[DAEMON]) <= bound)
     rows = [
@@ -175,12 +204,13 @@ def report(what: str, rounds: list[dict[str, Way]], parts: dict[str, list[float]
         for way in (DAEMON, PLAIN, COLD)
     ]
     of_parts = [[part, results.spread(values, ".3f")] for part, values in parts.items() if values]
-    return f"""## Daemon tax, {what}
+    return f"""## Daemon tax, {len(load.names)} files of {load.steps} steps
 
 {results.machine(folder)}
 
 {(__doc__ or "").partition(chr(10) * 2)[2]}
-{results.rounds(len(rounds))}, median (least–greatest); slices of {SLICE_S:g} s.
+{results.rounds(len(rounds))}, median (least–greatest); slices of {SLICE_S:g} s. A file takes the plain Trainer
+{a_file_s:.1f} s, with its share of the one start.
 At most {bound} times the plain Trainer: {results.spread(ratios[DAEMON])}, {reached}.
 
 {results.table(("way", "wall, s", "time / plain"), rows)}
@@ -206,7 +236,7 @@ def main(argv: list[str]) -> None:
         for given in args.loads:
             files, file_s = (int(word) for word in given.split("x"))
             load = Load(folder / given, files, max(1, math.ceil(file_s / step_s)))
-            what = f"{files} files of {load.steps} steps, {load.steps * step_s:.1f} s each"
+            what = f"{files} files of {load.steps} steps"
             rounds = []
             for number in range(args.rounds):
                 print(f"{what}: round {number + 1} of {args.rounds}", flush=True)
@@ -214,7 +244,7 @@ def main(argv: list[str]) -> None:
                 at = number % len(ways)
                 rounds.append(one_round(load, folder / "base", folder / f"{given}-{number}", ways[at:] + ways[:at]))
             parts = parts_of(home_of(folder / f"{given}-{args.rounds - 1}", DAEMON), rounds[-1][DAEMON])
-            text = report(what, rounds, parts, folder, 1.03 if file_s >= 30 else 1.15)
+            text = report(load, rounds, parts, folder, 1.03 if file_s >= 30 else 1.15)
             results.write_section(f"daemon tax, {given}", text, args.results)
     print(f"written to {args.results}")
 

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import results
 from bench.recipes import BATCH
 from bench.running import drain, lines_of, run
-from bench.workload import chats, make_base, make_tokenizer_of
+from bench.workload import chats, make_base, make_tokenizer_of, rows_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,9 +118,7 @@ def make_files(folder: Path, data: Sequence[Path], steps: int) -> list[Path]:
     folder.mkdir()
     files = [folder / "a.jsonl", folder / "b.jsonl"]
     for file, count in zip(files, (steps, SECOND), strict=True):
-        wanted = count * BATCH
-        held_out = min(100, int(wanted / 0.995 * 0.005))  # Longrun keeps these out
-        file.write_text("".join(line for line, _ in zip(lines, range(wanted + held_out), strict=False)))
+        file.write_text("".join(islice(lines, rows_for(count * BATCH))))
     return files
 
 

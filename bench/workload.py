@@ -7,6 +7,8 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
+from longrun.plan import held_out
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -27,6 +29,11 @@ def marked(name: str, number: int, messages: list[dict[str, str]]) -> dict[str, 
 
 def chat(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def rows_for(trained: int) -> int:
+    """The rows of a file of which Longrun trains so many: some it holds out for the evaluation."""
+    return next(rows for rows in itertools.count(trained) if rows - held_out(rows) == trained)
 
 
 def make_base(folder: Path, **sizes: int) -> None:
