@@ -26,13 +26,11 @@ def rows_at_once(context: Context, batch_size: int) -> int:
     return _even_share(batch_size, settings.worker.processes, min(wanted, learnt))
 
 
-def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -> None:
-    """Half as many rows at once as were tried, and one before the last attempt; remembered over restarts."""
-    if tried == 1:
-        return
-    last = attempts + 1 >= context.settings.worker.max_attempts
-    limit = 1 if last else max(1, tried // 2)
-    rows = _even_share(batch_size, context.settings.worker.processes, limit)
+def make_smaller(context: Context, batch_size: int, tried: int) -> bool:
+    """Half as many rows at once as were tried, remembered over restarts; False when it was one."""
+    if tried <= 1:  # 0 before the model was there
+        return False
+    rows = _even_share(batch_size, context.settings.worker.processes, tried // 2)
     lesson = {situation(context, batch_size): (rows, time.time())}
     context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | lesson))
     context.say(
@@ -41,6 +39,14 @@ def make_smaller(context: Context, batch_size: int, tried: int, attempts: int) -
         f" a step still trains {batch_size} rows",
         level="warning",
     )
+    return True
+
+
+def forget(context: Context, batch_size: int) -> None:
+    """Take the lesson back: where one row did not fit, the file was to blame, and the next ones are not held to it."""
+    learnt = _learnt(context)
+    learnt.pop(situation(context, batch_size), None)
+    context.ledger.set_fact(LEARNT, json.dumps(learnt))
 
 
 def _learnt(context: Context) -> dict[str, tuple[int, float]]:

@@ -521,6 +521,7 @@ class Runs:
     def _retry(self, run: Run, why: str, kind: str) -> None:
         """Count the attempt, unless it got further than the one before; after too many, give the file up.
 
+        One that ran out of memory with more rows at once than one has tried those, and not the file.
         How far it got is read from the disk: the worker may have died between a commit and its word of it.
         """
         newest = self._context.newest()
@@ -535,18 +536,22 @@ class Runs:
         if run.stopping:
             self._context.ledger.move(run.job, JobState.QUEUED)
             return
-        attempts = (0 if saved_step > run.start_step else run.job.attempts) + 1
+        attempts = 0 if saved_step > run.start_step else run.job.attempts
         limit = self._context.settings.worker.max_attempts
+        batch_size, no_memory = run.plan.recipe.batch_size, kind == "out of memory"
+        failed = ""
+        if not (no_memory and fitting.make_smaller(self._context, batch_size, run.rows_at_once)):
+            attempts += 1
+            failed = f" attempt {attempts} of {limit} failed,"
         if attempts >= limit:
+            if no_memory:
+                fitting.forget(self._context, batch_size)
             self._give_up(run, f"{why}; given up after {counted(attempts, 'attempt')}", kind, FIXES[kind])
             return
-        if kind == "out of memory":
-            fitting.make_smaller(self._context, run.plan.recipe.batch_size, run.rows_at_once, attempts)
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
         self._context.say(
             "retry",
-            f"{run.job.name}: {why}; attempt {attempts} of {limit} failed,"
-            " going on from the newest verified checkpoint",
+            f"{run.job.name}: {why};{failed} going on from the newest verified checkpoint",
             level="warning",
             job=run.job.number,
             kind=kind,

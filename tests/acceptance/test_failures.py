@@ -22,6 +22,7 @@ FAULTS = [
     {"at": STEP, "role": "worker", "row": "Say crashing-0012.", "do": "kill", "nth": 0},
     {"at": STEP, "role": "worker", "row": "Say diverging-0012.", "do": "nan", "nth": 0},
     {"at": STEP, "role": "worker", "row": "Say large-", "do": "oom", "nth": 0, "rows_over": 2},
+    {"at": STEP, "role": "worker", "row": "Say huge-", "do": "oom", "nth": 0},
     {"at": STEP, "role": "worker", "row": "Say hanging-0012.", "do": "hang", "nth": 0},
     {"at": "longrun.training.prepare:prepare", "role": "preparer", "about": "unlucky", "do": "kill", "once": "unlucky"},
     {"at": "longrun.examine:examine", "role": "preparer", "about": "unreadable", "do": "kill", "nth": 0},
@@ -34,7 +35,7 @@ def story(tmp_path_factory, torch_hand):
     settings = {"train.save_steps": 1, "train.learning_rate": 1e-3, "worker.max_attempts": 3,
                 "train.per_device_train_batch_size": 8}  # fmt: skip
     with closing(Lab(tmp_path_factory.mktemp("failures") / "home", hand=torch_hand, **settings)) as lab:
-        for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "last"):
+        for name in ("first", "crashing", "diverging", "unlucky", "unreadable", "large", "huge", "last"):
             lab.drop(f"{name}.jsonl", ROWS)
         lab.exit_code = lab.drain(faults=FAULTS)
         yield lab
@@ -60,7 +61,7 @@ def test_bad_files_are_rejected_and_all_others_train_each_row_once(story):
     trained = ["first", "unlucky", "large", "last"]
     assert story.names("trained") == {f"{name}.jsonl" for name in trained}
     assert {name: story.times_trained(name, ROWS) for name in trained} == {name: {1: ROWS} for name in trained}
-    rejected = {f"{name}.jsonl" for name in ("crashing", "diverging", "unreadable")}
+    rejected = {f"{name}.jsonl" for name in ("crashing", "diverging", "unreadable", "huge")}
     assert story.names("rejected") == rejected | {f"{name}.reason.json" for name in rejected}
     assert story.names("inbox") == story.names("state/jobs") == set()
 
@@ -93,8 +94,18 @@ def test_out_of_memory_makes_batches_smaller_and_steps_not(story):
     assert (record["planned_steps"], record["batch_size"]) == (3, 8)
     received = story.steps_received()
     assert [len(received[step]) for step in range(record["base_step"], record["target_step"])] == [8, 8, 8]
+    told = retries(story, "large")
+    assert len(told) == 2  # 8 rows and 4 did not fit
+    assert not [message for message in told if "attempt" in message]
     assert "for a day 4 rows at once on a device, then more are tried again; a step still trains 8 rows" in story.log
-    assert len(retries(story, "large")) <= 2
+
+
+def test_a_file_of_which_not_one_row_fits_is_given_up_and_the_next_is_not_held_to_it(story):
+    told = reason(story, "huge")
+    assert told["kind"] == "out of memory"
+    assert told["why"].endswith("given up after 3 attempts")  # of one row at once
+    assert [("attempt" in message) for message in retries(story, "huge")] == [False, True, True]
+    assert re.search(r"last\.jsonl: training on [^\n]*\b8 rows at once", story.log)
 
 
 def test_a_preparer_that_dies_costs_one_attempt_and_a_file_that_kills_it_three(story):

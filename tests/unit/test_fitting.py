@@ -34,11 +34,21 @@ def test_a_step_is_taken_at_once_unless_the_settings_say_fewer(context: Any) -> 
     assert fitting.rows_at_once(context, 8) == 2
 
 
-def test_out_of_memory_halves_what_was_tried_and_leaves_the_last_attempt_one_row(context: Any) -> None:
-    fitting.make_smaller(context, 8, tried=8, attempts=1)
-    assert fitting.rows_at_once(context, 8) == 4
-    fitting.make_smaller(context, 8, tried=4, attempts=2)
+def test_out_of_memory_halves_what_was_tried_until_it_is_one_row(context: Any) -> None:
+    for tried, rows in ((8, 4), (4, 2), (2, 1)):
+        assert fitting.make_smaller(context, 8, tried)
+        assert fitting.rows_at_once(context, 8) == rows
+    assert not fitting.make_smaller(context, 8, tried=1)
+    assert not fitting.make_smaller(context, 8, tried=0)
     assert fitting.rows_at_once(context, 8) == 1
+
+
+def test_what_is_forgotten_of_one_batch_is_remembered_of_another(context: Any) -> None:
+    fitting.make_smaller(context, 8, tried=2)
+    fitting.make_smaller(context, 6, tried=6)
+    fitting.forget(context, 8)
+    fitting.forget(context, 8)
+    assert [fitting.rows_at_once(context, size) for size in (8, 6)] == [8, 3]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,7 @@ def test_out_of_memory_halves_what_was_tried_and_leaves_the_last_attempt_one_row
 def test_whoever_changes_what_takes_memory_is_not_held_to_what_did_not_fit_before(
     context: Any, section: str, changed: dict[str, Any]
 ) -> None:
-    fitting.make_smaller(context, 8, tried=8, attempts=2)
+    fitting.make_smaller(context, 8, tried=2)
     before = context.settings
     change(context, section, **changed)
     assert fitting.rows_at_once(context, 8) == 8
@@ -66,7 +76,7 @@ def test_whoever_changes_what_takes_memory_is_not_held_to_what_did_not_fit_befor
 
 @pytest.mark.parametrize("clock_s", [fitting.FORGOTTEN_S + 1, -fitting.FORGOTTEN_S - 1])
 def test_more_rows_are_tried_again_after_a_day(context: Any, monkeypatch: pytest.MonkeyPatch, clock_s: float) -> None:
-    fitting.make_smaller(context, 8, tried=8, attempts=1)
+    fitting.make_smaller(context, 8, tried=8)
     assert fitting.rows_at_once(context, 8) == 4
     later = time.time() + clock_s
     monkeypatch.setattr(fitting.time, "time", lambda: later)
@@ -76,10 +86,10 @@ def test_more_rows_are_tried_again_after_a_day(context: Any, monkeypatch: pytest
 def test_what_was_learnt_of_one_batch_stays_when_another_teaches_and_one_row_teaches_nothing(context: Any) -> None:
     told: list[str] = []
     context.say = lambda event, *_, **__: told.append(event)
-    fitting.make_smaller(context, 8, tried=8, attempts=1)
-    fitting.make_smaller(context, 6, tried=6, attempts=1)
+    fitting.make_smaller(context, 8, tried=8)
+    fitting.make_smaller(context, 6, tried=6)
     assert [fitting.rows_at_once(context, size) for size in (8, 6)] == [4, 3]
-    fitting.make_smaller(context, 6, tried=1, attempts=1)
+    fitting.make_smaller(context, 6, tried=1)
     assert told == ["smaller batches", "smaller batches"]
 
 
