@@ -299,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["HF_HOME"] = str(Path(folder) / "hub")
         Path(SPENT).write_text(json.dumps(do({**WORK, LEARNING: learn}[work], Path(file), Path(folder))))
         return
+    if set(args.works) != set(WORK) and args.results == results.RESULTS:
+        parser.error("--works would leave the others out of what is published: name other --results")
     with tempfile.TemporaryDirectory(prefix="bench-big-", dir=args.folder) as place:
         here = Path(place).resolve()
         run(command(LEARNING, here, here), here)  # not in this process: Linux counts its memory as the children's

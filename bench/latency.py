@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def report(found: dict[int, list[dict[str, Way]]], folder: Path) -> str:
     goal = ""
     if BOUND_ROWS in found:
         values = [sum(played[WARM]) for played in found[BOUND_ROWS]]
-        reached = results.verdict(sorted(values)[len(values) // 2] < BOUND_S)
+        reached = results.verdict(statistics.median(values) < BOUND_S)
         goal = f"\nWarm, {BOUND_ROWS:,} rows: {results.spread(values)} s of at most {BOUND_S} s, {reached}.\n"
     rounds = len(next(iter(found.values())))
     return f"""## Latency

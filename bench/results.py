@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -63,6 +64,26 @@ def rounds(many: int) -> str:
 def verdict(reached: bool) -> str:
     """What stands beside a goal."""
     return "reached" if reached else "**missed**"
+
+
+def verdict_of(values: Sequence[float], bound: float) -> str:
+    """What stands beside a goal of at most `bound` for the median of which these are a sample."""
+    low, high = interval_of_median(values)
+    return "undecided" if low <= bound < high else verdict(high <= bound)
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Between which two of these the median lies of what they are a sample of, with 95 % confidence.
+
+    Whatever its distribution: a value is below that median as often as a coin shows heads (the sign test). Fewer than
+    six values cannot tell; theirs is the whole range.
+    """
+    left_out, chance = 0, 0.0
+    while (chance := chance + math.comb(len(values), left_out) / 2 ** len(values)) <= 0.025:
+        left_out += 1
+    ordered = sorted(values)
+    at = max(0, left_out - 1)
+    return ordered[at], ordered[-1 - at]
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:

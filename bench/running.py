@@ -16,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -165,9 +167,8 @@ class Used:
 
     @classmethod
     def by(cls, pid: int) -> Used:
-        tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")  # to the nanosecond; `stat` counts hundredths
-        cpu_s = sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        cpu = psutil.Process(pid).cpu_times()  # to 10 ms, of threads that have ended, too
         rolled = Path(f"/proc/{pid}/smaps_rollup").read_text()
         rss = re.search(r"^Rss: +(\d+) kB", rolled, re.MULTILINE)
         assert rss
-        return cls(cpu_s, int(rss[1]) * 1024 / 1e6)
+        return cls(cpu.user + cpu.system, int(rss[1]) * 1024 / 1e6)

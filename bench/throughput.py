@@ -226,7 +226,7 @@ def report(found: dict[Way, list[Found]], facts: dict[str, Any], folder: Path) -
 
 At least the stock Trainer's tokens a second: {results.spread(ratios[OURS])} times, {reached}. The loss of a row
 alone and, as Longrun has it, beside one of its length differ by {facts["difference"]:.1e} of it at most
-({TRIED_ROWS} rows). Between two files {between} s, of it the checkpoint {checkpoint} s.
+({TRIED_ROWS} rows, in float32). Between two files {between} s, of it the checkpoint {checkpoint} s.
 
 {results.table(("way", "tokens/s", "/ stock", "of the matrix rate"), rows)}
 """
@@ -241,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="ways whose name contains this, and those compared with")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     args = parser.parse_args(argv)
+    if args.only and args.results == results.RESULTS:
+        parser.error("--only would leave the other ways out of what is published: name other --results")
     import torch
 
     on_gpu = torch.cuda.is_available()

@@ -13,6 +13,7 @@ Rows carry their name in their text, "Row c-0032.", so that whatever tokenises, 
 reaches the model tells which they are.
 """
 
+import atexit
 import functools
 import importlib.abc
 import importlib.machinery
@@ -27,6 +28,8 @@ from pathlib import Path
 ROW = re.compile(r"Row ([\w-]+-\d+)\.")
 STEP = {"global_step": None, "learning_rate": None, "adam_steps": None}
 OF_FILE = set()  # steps with rows of the file to kill at
+# Counts that are on a GPU are read later, many at once: reading one waits until the GPU has done all before it.
+HELD, HELD_MAX = [], 100
 
 
 def seen(function):
@@ -43,14 +46,22 @@ def seen(function):
                 "time": time.time(),
                 "run": os.environ.get("BENCH_RUN", ""),
                 **STEP,
-                "tokens": input_ids.numel() if mask is None else int(mask.sum()),
+                "tokens": input_ids.numel() if mask is None else mask.sum(),
                 "rows": rows,
             }
-            with Path(os.environ["BENCH_PROBE"]).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            HELD.append(line)
+            if len(HELD) == HELD_MAX or "BENCH_MODEL" in os.environ or not input_ids.is_cuda:  # a kill may come
+                write_held()
         return function(model, input_ids, *rest, **options)
 
     return forward
+
+
+def write_held():
+    if HELD:
+        with Path(os.environ["BENCH_PROBE"]).open("a") as file:
+            file.writelines(json.dumps(line, default=int) + "\n" for line in HELD)
+        HELD.clear()
 
 
 def rows_in(input_ids):
@@ -86,7 +97,7 @@ def noted(function):
         STEP.update(
             global_step=trainer.state.global_step,
             learning_rate=float(optimizer.param_groups[0]["lr"]),
-            adam_steps=int(remembered),
+            adam_steps=remembered + 0,  # it is counted up in place
         )
         return function(trainer, *rest, **options)
 
@@ -149,5 +160,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+if "BENCH_PROBE" in os.environ:
+    atexit.register(write_held)
 if WRAPPED:
     sys.meta_path.insert(0, Finder())
