@@ -25,28 +25,6 @@ def main(argv: list[str]) -> int:
 
 
 def _do(args: argparse.Namespace, home: Home) -> int:
-    return ExitCode.OK if _was_child(args, home) else _by_hand(args, home)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSONL files, in the order of training")
-    parser.add_argument("--home", help="folder of the model and its history (default: LONGRUN_HOME, or here)")
-    parser.add_argument("--base-model", help="tiny, a folder, or a hub name; only for a model that begins")
-    parser.add_argument("--plan", action="store_true", help="say the plan and stop")
-    # How the daemon starts its two children.
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--preparer", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--options", help=argparse.SUPPRESS)
-    parser.add_argument("--check-base", help=argparse.SUPPRESS)
-    parser.add_argument("--device", action="store_true", help=argparse.SUPPRESS)
-    return parser
-
-
-def _was_child(args: argparse.Namespace, home: Home) -> bool:
-    """Whether this process was one of the daemon's children, and has done its work."""
     if args.worker or args.preparer:
         from longrun.training import serve
 
@@ -62,18 +40,35 @@ def _was_child(args: argparse.Namespace, home: Home) -> bool:
         else:
             print(base_model.find_device(**json.loads(args.options)))
     else:
-        return False
-    return True
+        return _by_hand(args, home)
+    return ExitCode.OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSONL files, in the order of training")
+    parser.add_argument("--home", help="folder of the model and its history (default: LONGRUN_HOME, or here)")
+    parser.add_argument("--base-model", help="tiny, a folder, or a hub name; only for a model that begins")
+    parser.add_argument("--plan", action="store_true", help="say the plan and stop")
+    # How the daemon starts its two children, and asks what only torch can tell.
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--preparer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--options", help=argparse.SUPPRESS)
+    parser.add_argument("--check-base", help=argparse.SUPPRESS)
+    parser.add_argument("--device", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 def _by_hand(args: argparse.Namespace, home: Home) -> int:
-    from longrun import compose
+    from longrun import archive, compose
 
     if not args.files:
         print("train.py: name at least one FILE, or see --help", file=sys.stderr)
         return ExitCode.USAGE
     for file in args.files:
-        compose.check_readable(file)
+        archive.check_accepted(file, "train")
     flags = {"model.base_model": args.base_model}
     if args.plan:
         from longrun.training.say_plan import say_plan

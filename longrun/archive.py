@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longrun import disk
+from longrun.errors import LongrunError
 from longrun.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -32,9 +33,17 @@ REASON = ".reason.json"
 SECONDS_A_DAY = 86400
 
 
-def is_accepted(name: str) -> bool:
-    """Whether a file of this name is taken from the inbox."""
-    return ACCEPTED.search(name) is not None and TEMPORARY.search(name) is None
+def check_accepted(file: Path, what: str) -> None:
+    """LongrunError, with what was wanted of it, unless it is a file that the inbox would take."""
+    if not file.is_file():
+        why = "it is not a file" if file.exists() else "there is no such file"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="check the path")
+    if not ACCEPTED.search(file.name):
+        why = "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
+    if TEMPORARY.search(file.name):
+        why = "the inbox ignores names like this, as of files that are still being written"
+        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
 
 
 def put_away(home: Home, job: Job) -> Path | None:

@@ -1,6 +1,6 @@
 """What operators type: the commands of daemon.py but `run`, `demo` and `doctor`.
 
-Standard library only, and of it, as of Longrun, at the top only what `status` needs: so it answers at once.
+At the top stands only what `status` needs, of Longrun and of the standard library, so that it answers at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TAIL_LINES = 40
 NOTHING_MISSING = "nothing is missing: every file trained here is in the model, or waits to train again"
 LOOK_S = 0.2
 NAMES_TOLD = 100
+NAMES_SHOWN = 5
 
 
 def say(text: str = "") -> None:
@@ -90,20 +91,33 @@ def _status_lines(facts: dict[str, Any], hint: str) -> Iterator[str]:
     elif begun := facts["begun"]:
         steps = f"{begun['done_steps']} of {begun['planned_steps']} steps"
         yield f"begun        {begun['file']}: {steps} are in the model, and the rest comes first"
-    yield f"queue        {facts['queued']}" + (f": {', '.join(facts['queue'][:5])}" if facts["queue"] else "")
-    for name in facts.get("settling", [])[:5]:
+    yield f"queue        {facts['queued']}" + (f": {_first(facts['queue'], facts['queued'])}" if facts["queue"] else "")
+    settling, left = facts.get("settling", []), facts.get("left", [])
+    for name in settling[:NAMES_SHOWN]:
         written = name in facts.get("being_written", [])
         yield f"             inbox/{name} {'is still being written' if written else 'arrives'}"
-    for name in facts.get("left", [])[:5]:
+    yield from _more(settling)
+    for name in left[:NAMES_SHOWN]:
         yield f"             inbox/{name} is left alone; the log says why"
+    yield from _more(left)
     yield f"trained      {facts['trained']}"
     yield f"rejected     {facts['rejected']}" + ("  (rejected/*.reason.json say why)" if facts["rejected"] else "")
     if facts["missing"]:
-        names = ", ".join(facts["missing"][:5]) + (", ..." if facts["missing_files"] > 5 else "")
+        names = _first(facts["missing"], facts["missing_files"])
         why = "trained here, but not in the model; `daemon.py missing` tells more"
         yield f"missing      {facts['missing_files']}: {names} ({why})"
     for problem in facts["problems"]:
         yield f"problem      {problem}"
+
+
+def _first(names: list[str], count: int) -> str:
+    """The first of so many names."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if count > NAMES_SHOWN else "")
+
+
+def _more(names: list[str]) -> Iterator[str]:
+    if len(names) > NAMES_SHOWN:
+        yield "             and more of these"
 
 
 def show_missing(home: Home, *, as_json: bool) -> int:
@@ -190,8 +204,12 @@ def stop(home: Home, *, now: bool) -> int:
     _check_running(home)
     requests.make(home, requests.STOP, now=now)
     say("stopping at once" if now else "stopping at the next step boundary, after a checkpoint ...")
-    while locks.holder(home.daemon_lock) is not None:
-        time.sleep(LOOK_S)
+    try:
+        while locks.holder(home.daemon_lock) is not None:
+            time.sleep(LOOK_S)
+    except KeyboardInterrupt:
+        say("the daemon leaves all the same; `daemon.py status` tells when it has")
+        raise
     say("stopped")
     return ExitCode.OK
 
@@ -326,7 +344,7 @@ def put(home: Home, files: list[Path]) -> int:
     from longrun import archive
 
     for file in files:
-        _check_takes(file, "put")
+        archive.check_accepted(file, "put")
     home.check()
     disk.make_folder(home.inbox)
     for file in files:
@@ -336,28 +354,13 @@ def put(home: Home, files: list[Path]) -> int:
     return ExitCode.OK
 
 
-def _check_takes(file: Path, what: str) -> None:
-    """LongrunError unless it is a file that the inbox would take."""
-    from longrun import archive
-
-    if not file.is_file():
-        why = "it is not a file" if file.exists() else "there is no such file"
-        raise LongrunError(f"cannot {what} {file}: {why}", hint="check the path")
-    if not archive.ACCEPTED.search(file.name):
-        why = "its name does not end in .jsonl, .jsonl.gz or .jsonl.zst"
-        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
-    if archive.TEMPORARY.search(file.name):
-        why = "the inbox ignores names like this, as of files that are still being written"
-        raise LongrunError(f"cannot {what} {file}: {why}", hint="copy it to another name first")
-
-
 def check(home: Home, file: Path, flags: dict[str, Any]) -> int:
     """Examine a file as the daemon would, without training it."""
-    from longrun import config
+    from longrun import archive, config
     from longrun.examine import examine
     from longrun.plan import make_plan
 
-    _check_takes(file, "check")
+    archive.check_accepted(file, "check")
     settings = config.load(home.settings, flags=flags)
     before = status.before(home)
     try:

@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, config, disk, locks, process, requests
+from longrun import checkpoint, config, disk, locks, process, requests
 from longrun.context import Context
 from longrun.errors import BadConfig, BadModel, ExitCode, Locked, LongrunError, ModelRemoved
 from longrun.journal import Journal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longrun.home import Home
 
 FORMER_WORKER_S = 60.0
-NEEDED = ("torch", "transformers", "accelerate", "datasets", "watchdog")
+NEEDED = ("torch", "transformers", "accelerate", "datasets", "trl", "watchdog")
 HOME_ID = "home id"  # in the ledger
 HUB_ANSWERS_S = 12.0  # with the interpreter's start, below the 15 s in which a user wants to know
 
@@ -40,7 +40,11 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
     home.make()
     for folder in (home.state, home.root):  # also what a start before this one made
         disk.sync_folder(folder)
-    with locks.Lock.take(home.daemon_lock, what="train.py by hand" if by_hand else "the Longrun daemon") as lock:
+    if by_hand:
+        what, hint = "train.py by hand", "drop the files into inbox/ instead, or `daemon.py stop` it first"
+    else:
+        what, hint = "the Longrun daemon", "`daemon.py status` tells what it does, `daemon.py stop` ends it"
+    with locks.Lock.take(home.daemon_lock, what=what, hint=hint) as lock:
         if (drain or by_hand) and requests.pending(home, requests.PAUSE) is not None:
             raise LongrunError(
                 f"training is paused in {home.root}, so this would wait for ever", hint="`daemon.py resume`"
@@ -88,17 +92,6 @@ def identify(home: Home, ledger: Ledger) -> str:
     if ledger.fact(HOME_ID) != known:
         ledger.set_fact(HOME_ID, known)
     return known
-
-
-def check_readable(file: Path) -> None:
-    if not file.is_file():
-        why = "it is not a file" if file.exists() else "there is no such file"
-        raise LongrunError(f"cannot train {file}: {why}", hint="check the path")
-    if not archive.is_accepted(file.name):
-        raise LongrunError(
-            f"cannot train {file}: its name does not end in .jsonl, .jsonl.gz or .jsonl.zst, or begins with a dot",
-            hint="rename it",
-        )
 
 
 def check_one_file_system(home: Home) -> None:

@@ -352,7 +352,7 @@ def _check_shares(settings: Settings) -> None:
         by += f"worker.processes = {processes}" if processes > 1 else ""
         raise BadConfig(
             f"train.batch_size = {batch} is not a multiple of {by}",
-            hint="every step must train exactly batch_size rows; choose a divisor",
+            hint=f"every step must train exactly batch_size rows: make {batch} a multiple, or lower the other",
         )
 
 

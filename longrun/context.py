@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 EDITED_S = 0.2  # between two looks at an edited longrun.toml
 LOOKS = 10  # at most; what is edited without end is read as it is
-OF_A_FILE = ("train.", "model.", "log.rows ")  # what a file that is being trained keeps
+OF_A_FILE = ("train.", "model.", "log.rows ", "worker.processes ")  # what a file that is being trained keeps
 
 SOLVED = {
     "room": "there is room for the next checkpoint",
     "disk": "the disk takes what was refused before",
-    "model": "the model can be gone on from",
+    "model": "the model can be used again",
     "worker": "the worker is ready",
     "inbox": "files can be taken from the inbox",
     "settings": "longrun.toml is good",
@@ -88,9 +88,9 @@ class Context:
             self.problems[kind] = text
             self.say("problem", text, level=level, kind=kind)
 
-    def solved(self, kind: str) -> None:
+    def solved(self, kind: str, because: str = "") -> None:
         if self.problems.pop(kind, None) is not None:
-            self.say("solved", f"solved: {SOLVED.get(kind, kind)}")
+            self.say("solved", f"solved: {because or SOLVED.get(kind, kind)}")
 
     def disk_is_well(self) -> None:
         """What was refused has been written since."""

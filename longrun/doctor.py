@@ -102,8 +102,10 @@ def _look_at_inbox(home: Home, flags: dict[str, Any]) -> str:
 def _look_at_packages(home: Home, flags: dict[str, Any]) -> str:  # noqa: ARG001
     from importlib.metadata import PackageNotFoundError, version
 
+    from longrun.compose import NEEDED
+
     found = []
-    for name in ("torch", "transformers", "accelerate", "datasets", "trl", "watchdog"):
+    for name in NEEDED:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

@@ -157,7 +157,7 @@ def exit_code(program: str, work: Callable[[], int]) -> int:
     except OSError as error:
         return _told(program, str(error), ExitCode.FAILURE)
     except KeyboardInterrupt:
-        return _told(program, "interrupted; nothing is half done", ExitCode.INTERRUPTED)
+        return _told(program, "interrupted", ExitCode.INTERRUPTED)
 
 
 def _told(program: str, sentence: str, code: ExitCode) -> int:

@@ -78,6 +78,6 @@ def _even_share(batch_size: int, processes: int, limit: int) -> int:
     if not shares:
         raise CannotTrain(
             f"worker.processes = {processes} cannot share the batch of {batch_size} rows of the file that was begun",
-            hint="set worker.processes to a divisor until that file is trained",
+            hint=f"set worker.processes to a divisor of {batch_size} until that file is trained",
         )
     return shares[-1]

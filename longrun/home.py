@@ -35,10 +35,6 @@ class Home:
         return self.root / "rejected"
 
     @cached_property
-    def backups(self) -> Path:
-        return self.root / "backups"
-
-    @cached_property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -26,9 +26,9 @@ class Lock:
     children, so a worker that outlives the daemon does not keep the daemon's lock.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, what: str) -> None:
         self.path = path
-        self._descriptor = descriptor
+        self._descriptor, self._what = descriptor, what
 
     @classmethod
     def take(
@@ -39,7 +39,7 @@ class Lock:
         wait_s: float = 0.6,
         shared: bool = False,
         held: Path | None = None,
-        hint: str = "use that one, or `daemon.py stop` it first",
+        hint: str = "end that process, or wait for it",
     ) -> Self:
         """The lock, or Locked naming the holder. The short wait outlasts `holder`, which tries the lock.
 
@@ -62,20 +62,20 @@ class Lock:
                 )
             else:
                 time.sleep(0.02)
-        lock = cls(path, descriptor)
-        lock._write_note(what)
+        lock = cls(path, descriptor, what)
+        lock._write_note()
         return lock
 
-    def _write_note(self, what: str) -> None:
-        note = {"pid": os.getpid(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    def _write_note(self) -> None:
+        note = {"pid": os.getpid(), "what": self._what, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # on a full disk the lock holds without it
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
 
-    def keep(self, what: str) -> None:
+    def keep(self) -> None:
         """Have the lock also when somebody has removed its file as stale; Locked when another was quicker."""
         if not _leads_to(self.path, self._descriptor):
-            fresh = type(self).take(self.path, what=what, wait_s=0.0)
+            fresh = type(self).take(self.path, what=self._what, wait_s=0.0)
             os.close(self._descriptor)
             self._descriptor = fresh._descriptor
 

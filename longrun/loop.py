@@ -36,6 +36,7 @@ TICK_S = 0.5
 IDLE_TICK_S = 2.0  # news rings; only operators' requests have to be looked for
 REMOVAL_GRACE_S = 5.0  # an `rm -rf` under way is given this long before its remains are judged
 ROOM_BYTES = 64 << 20  # kept free beyond what the next checkpoint needs
+SQLITE_PASSES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 LOOKS_WHEN_DRAINING = 3  # at what a person must mend
 QUEUE_SHOWN = 100
 
@@ -55,16 +56,17 @@ class Daemon:
         self._asked: dict[str, dict[str, Any]] = {}  # requests, as they were when the round began
         self._signals = 0
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._scanned_at = 0.0  # monotonic, as the next two
-        self._idle_since: float | None = None
         self._taking_back = False  # what `retry --missing` asked for is not all in the queue yet
+        # Times are monotonic seconds.
+        self._scanned_at = 0.0
         self._next_scan = 0.0
+        self._idle_since: float | None = None
         self._paused = False  # by the operator
         self._trouble = ""  # "disk", "model" or "worker": training stands still and tries again by itself
         self._troubles = (0, 0)  # how many jobs had ended, and how often trouble came since
         self._untidy = False
-        self._alone_until = 0.0  # monotonic: when to look again
-        self._trouble_over = 0.0  # monotonic: when to look again
+        self._check_lock_at = 0.0
+        self._try_again_at = 0.0  # after trouble
         self._bad_model_since: float | None = None
         self._told: dict[str, Any] = {}
         self._told_at = 0.0
@@ -190,7 +192,7 @@ class Daemon:
                 self._asked = requests.made(self._context.home)
                 self._round(now)
         except (OSError, sqlite3.OperationalError) as error:
-            if not _means_full(error):
+            if not _may_pass(error):
                 raise
             self._stand_still(now, "disk", error)
         except BadModel as error:
@@ -209,13 +211,13 @@ class Daemon:
 
     def _stay_alone(self, now: float) -> None:
         """Somebody may have removed the lock as stale; LongrunError when another daemon has started since."""
-        if now < self._alone_until:
+        if now < self._check_lock_at:
             return
-        self._alone_until = now + status.RENEW_S
+        self._check_lock_at = now + status.RENEW_S
         try:
-            self._context.lock.keep("the Longrun daemon")
+            self._context.lock.keep()
         except Locked as other:
-            why = f"{self._context.home.daemon_lock} was removed, and another daemon has started: {other.message}"
+            why = f"{self._context.home.daemon_lock} was removed, and another has taken its place: {other.message}"
             raise LongrunError(why) from None
 
     def _do_round(self, now: float) -> None:
@@ -225,7 +227,7 @@ class Daemon:
         self._obey(now)
         self._context.reload_settings(self._context.seen)
         self._runs.check_model()
-        over = now >= self._trouble_over
+        over = now >= self._try_again_at
         if over and self._untidy:
             self._tidy()
         self._recovery.look(now, idle=self._runs.current is None)
@@ -236,8 +238,8 @@ class Daemon:
             if self._taking_back:
                 self._ring()  # the rest of it at once
             if self._runs.current is None and not self._context.waiting(limit=1):
-                self._context.disk_is_well()  # nothing of what it refused is left to be done
-                self._context.solved("worker")
+                for kind in ("room", "disk", "worker"):
+                    self._context.solved(kind, "no file waits for that any more")
             self._trouble = self._trouble if self._runs.waits_for_disk else ""
         if not self._runs.overdue(now):
             self._notifier.ping(now)
@@ -263,7 +265,7 @@ class Daemon:
             ended = self._context.ended_now
             self._troubles = (ended, looks + 1 if since_ended == ended else 1)
         self._untidy = True  # it may have struck between a move and its record
-        self._trouble_over = now + self._context.settings.worker.retry_s
+        self._try_again_at = now + self._context.settings.worker.retry_s
 
     def _obey(self, now: float) -> None:
         """What operators and signals ask for: the run ends at its next step boundary, after a checkpoint."""
@@ -333,7 +335,7 @@ class Daemon:
     @property
     def _scans(self) -> bool:
         """Whether files are taken in: not by hand, and not onto a full disk."""
-        return self._by_hand is None and not (self._trouble == "disk" and time.monotonic() < self._trouble_over)
+        return self._by_hand is None and not (self._trouble == "disk" and time.monotonic() < self._try_again_at)
 
     def _next_number(self) -> int:
         """A job number that neither ledger, folders nor model know."""
@@ -552,12 +554,9 @@ class Daemon:
                 signal.signal(number, signal.SIG_IGN if self._signals else handler)
 
 
-def _means_full(error: OSError | sqlite3.OperationalError) -> bool:
+def _may_pass(error: OSError | sqlite3.OperationalError) -> bool:
     """Whether it passes, or a person mends it, while the daemon waits."""
     if isinstance(error, OSError):
         return error.errno in disk.FULL
     kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the lowest byte of an extended code
     return kind in SQLITE_PASSES
-
-
-SQLITE_PASSES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -90,7 +90,7 @@ class Recovery:
         count = f"{counted(len(names), 'file')}, {counted(sum(job.rows for job in lost), 'row')}"
         self._context.say(
             "missing",
-            f"the model does not have what it learnt from {told} ({count}): `daemon.py missing` lists them,"
+            f"trained here, but not in the model: {told} ({count}); `daemon.py missing` lists them,"
             " `daemon.py retry --missing` trains them again",
             level="warning",
             files=names,

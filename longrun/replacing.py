@@ -51,7 +51,5 @@ def check_turn(home: Home) -> None:
 
 def _outlast_former_worker(home: Home, what: str) -> None:
     """A worker whose daemon was killed may be about to commit; it ends by itself."""
-    with locks.Lock.take(
-        home.model_lock, what=what, wait_s=FORMER_WORKER_S, held=home.model, hint="end that process, or wait for it"
-    ):
+    with locks.Lock.take(home.model_lock, what=what, wait_s=FORMER_WORKER_S, held=home.model):
         pass

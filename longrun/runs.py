@@ -364,9 +364,10 @@ class Runs:
         if not message.adds_up and not message.warm:
             self._context.say(
                 "uneven loss",
-                f"{run.job.name}: micro-batches of {rows} count the same in a step, however many tokens they have,"
-                " because the losses of this model do not add up over them;"
-                f" per_device_train_batch_size = {run.plan.recipe.batch_size} avoids that where memory allows",
+                f"{run.job.name}: micro-batches of {rows} count the same in a step, whether they have few tokens or"
+                " many, because the loss of this model cannot be split by tokens;"
+                f" per_device_train_batch_size = {run.plan.recipe.batch_size} trains a step in one piece, where memory"
+                " allows",
                 level="warning",
                 job=run.job.number,
             )
@@ -514,8 +515,8 @@ class Runs:
             self._deaths = 0
             raise CannotTrain(
                 f"the worker cannot start ({how}): {self.worker.last_words()}",
-                hint=f"{self.worker.log} tells more, `daemon.py doctor` may tell why; the longest that loading may say"
-                " nothing and read nothing is worker.start_timeout_s",
+                hint=f"{self.worker.log} tells more, `daemon.py doctor` may tell why; if loading is only slow,"
+                " raise worker.start_timeout_s",
             )
 
     def _retry(self, run: Run, why: str, kind: str) -> None:
@@ -546,7 +547,7 @@ class Runs:
         if attempts >= limit:
             if no_memory:
                 fitting.forget(self._context, batch_size)
-            self._give_up(run, f"{why}; given up after {counted(attempts, 'attempt')}", kind, FIXES[kind])
+            self._give_up(run, why, kind, FIXES[kind], after=f"; given up after {counted(attempts, 'attempt')}")
             return
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
         self._context.say(
@@ -557,11 +558,11 @@ class Runs:
             kind=kind,
         )
 
-    def _give_up(self, run: Run, why: str, kind: str, fix: str) -> None:
+    def _give_up(self, run: Run, why: str, kind: str, fix: str, *, after: str = "") -> None:
         """Reject the file, unless all tells of what it is trained with: then the next ones would only follow it."""
         other = blame.alike(self._context, self._trained_with(run), run.job)
         if other is None:
-            self._context.reject(run.job, {"kind": kind, "why": why, "fix": fix})
+            self._context.reject(run.job, {"kind": kind, "why": why + after, "fix": fix})
             return
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=0)
         raise CannotTrain(
@@ -577,8 +578,8 @@ class Runs:
         self.worker.kill()
         self._over(run)
         self._context.ledger.move(run.job, JobState.QUEUED)
-        then = "the base model at step 0" if why.endswith("removed") else "the model that is there then"
-        self._context.model_removed(f"{why}: {run.job.name} will start again from {then}", job=run.job.number)
+        then = "will start again from the model that is there then, else from the base model at step 0"
+        self._context.model_removed(f"{why}: {run.job.name} {then}", job=run.job.number)
 
     def _release_when_idle(self, now: float, *, standing_still: bool) -> None:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes

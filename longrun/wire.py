@@ -1,4 +1,4 @@
-"""What daemon and worker say to each other: frozen messages, one JSON object a line, over a Unix socket.
+"""What the daemon and its two children say to each other: frozen messages, one JSON object a line, over a Unix socket.
 
 The end of the stream means that the other is gone; there is no other farewell.
 """
@@ -11,7 +11,7 @@ import os
 import select
 import socket
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +116,7 @@ class Started:
     seconds: float
     warm: bool
     rows_at_once: int  # on a device
-    adds_up: bool = True  # the losses of micro-batches, to that of the step's rows together
+    adds_up: bool = True  # the losses of its micro-batches to that of a step, as they do where there is but one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +173,7 @@ Message = (
     | Saved | Waiting | Ended | Failed
 )  # fmt: skip
 
-_TYPES: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (Examine, Prepare, Train, Stop, Hello, Alive, Examined, Prepared, Refused, Started, Progress,
-                 Saved, Waiting, Ended, Failed)
-}  # fmt: skip
+_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> bytes:

@@ -28,8 +28,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
 LOG_LIMIT_BYTES = 4 << 20
 SIGN_OF_LIFE_BYTES = 1 << 20  # read or written
-EXIT_S = 5.0  # that a process which has closed its socket is given to end: torch takes more than one
-GONE_S = 60.0  # that one which was killed is given to be gone: a device that does not answer holds it for ever
+EXIT_S = 5.0  # to end after closing its socket: torch takes more than one
+GONE_S = 60.0  # to be gone after SIGKILL: a device that does not answer can hold it for ever
 LAST_WORDS_BYTES = 4096
 
 

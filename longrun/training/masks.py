@@ -59,7 +59,7 @@ class MaskSource(StrEnum):
 
     OWN_MARKERS = "the template's own generation markers"
     TRAINING_TEMPLATE = "TRL's training template for this family"
-    PREFIX_DIFFERENCES = "prefix differences"
+    PREFIX_DIFFERENCES = "comparing each turn with its prompt"
     NONE = "no chat template"
 
 

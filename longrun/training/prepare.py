@@ -113,7 +113,7 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
         "base_model": task.base_model,
         "on_bad_row": task.on_bad_row,
         **vars(tally),
-        "mask_source": encoder.mask_source if tally.rendered_rows else "no template needed",
+        "mask_source": encoder.mask_source if tally.rendered_rows else "",
     }
     (fresh / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     disk.sync_tree(fresh)

@@ -28,6 +28,7 @@ from longrun.plan import Plan, Recipe
 from longrun.training import base_model
 from longrun.training.data import Collator, PlannedRows, filled_up
 from longrun.training.loss import adds_up, only_where_trained
+from longrun.training.masks import IGNORED
 from longrun.training.metrics import CHECK_EVERY, Diverged, Losses, Metrics
 from longrun.training.order import held_out_rows, training_order
 from longrun.training.trainer import InMemory, PlannedTrainer
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from longrun.home import Home
 
-# That a micro-batch has at least, on average. With fewer, what each costs besides is felt (2 ms for the tiny model);
+# The fewest that a micro-batch has on average. With fewer, what each costs besides is felt (2 ms for the tiny model);
 # with more, rows only pad one another. Measured with models of 0.1 to 33 million weights, rows of 17 to 560 tokens.
 TOKENS_ON_A_CPU = 256
 TELL_S = 0.5  # between progress messages
@@ -374,7 +375,7 @@ class Session:
             for batch in loader:
                 batch.pop("rows")
                 inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
-                tokens = int((inputs["labels"][:, 1:] != -100).sum())
+                tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
                 total += float(model(**inputs).loss) * tokens
                 count += tokens
                 self._channel.send(wire.Alive(doing="evaluating"))

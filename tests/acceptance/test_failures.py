@@ -278,7 +278,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_gone_on_from(ma
         assert re.search(rf"checkpoint-{newest} is damaged \(.*\); set aside as ", lab.log)
         assert lab.global_step == newest - 1 + 3
         undone = "start" if number == 0 else DAMAGES[number - 1].__name__.replace("_", "")
-        assert f"the model does not have what it learnt from {undone}.jsonl (1 file, {ROWS} rows)" in lab.log
+        assert f"trained here, but not in the model: {undone}.jsonl (1 file, {ROWS} rows)" in lab.log
 
 
 def drop_and_wait(lab, name):

@@ -109,7 +109,7 @@ def test_what_a_restored_model_lost_is_told_and_trained_again_to_the_same_bits(l
     assert re.findall(r"(\w)\.jsonl", asked.stdout) == ["b", "c"]
     assert lab.drain(faults=[CUT_OFF]) < 0
     assert lab.drain(faults=[CUT_OFF]) == 0
-    assert lab.log.count("the model does not have what it learnt from b.jsonl, c.jsonl (2 files, 81 rows)") == 2
+    assert lab.log.count("trained here, but not in the model: b.jsonl, c.jsonl (2 files, 81 rows)") == 2
     assert_as_if_nothing_had_happened(lab, undisturbed)
     assert [(file["job"], file["name"]) for file in lab.lineage["files"]] == [
         (number, f"{name}.jsonl") for number, name in enumerate(FILES, start=1)

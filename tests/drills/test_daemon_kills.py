@@ -72,12 +72,12 @@ def test_a_drain_that_was_refused_between_claim_and_ledger_goes_on(quick):
         lab.close()
 
 
-def test_a_disk_that_refused_a_file_is_well_when_there_is_nothing_left_to_write(quick):
+def test_what_a_disk_refused_is_no_problem_when_there_is_nothing_left_to_write(quick):
     lab = Watched(quick / "home")
     try:
         (lab.home / "inbox" / "not-rows.jsonl").write_text("what it was refused is done, and no model is written\n")
         lab.start(faults=[{"at": "longrun.archive:put_away", "role": "daemon", "do": "ENOSPC", "about": "not-rows"}])
-        lab.wait_until(lambda: "solved: the disk takes" in lab.log)
+        lab.wait_until(lambda: "solved: no file waits for that any more" in lab.log)
         assert "paused: disk" in lab.log
         lab.wait_until(lambda: (told := status.read(Home(lab.home)))["state"] == "idle" and not told["problems"])
         assert lab.names("rejected") == {"not-rows.jsonl", "not-rows.jsonl.reason.json"}

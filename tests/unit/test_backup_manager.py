@@ -40,6 +40,10 @@ def trained(home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
     return home
 
 
+def default_store(home: Home) -> Path:
+    return home.root / "backups"
+
+
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What the program says to these arguments, which it does as asked."""
@@ -148,12 +152,12 @@ def test_what_is_no_command_is_told_so(words: list[str], capsys: pytest.CaptureF
 def test_the_home_is_the_one_that_the_model_is_of(trained: Home, tmp_path: Path, monkeypatch: Any, said: Any) -> None:
     monkeypatch.chdir(tmp_path)
     made = json.loads(said("backup", trained.model, "--json"))
-    assert made["store"] == str(trained.backups)
+    assert made["store"] == str(default_store(trained))
     assert made["restore"].endswith(f"restore {made['id']} --home {trained.root}")
     assert not (tmp_path / "backups").exists()
     assert said("list", "--home", trained.root).startswith(made["id"])
     monkeypatch.setenv("LONGRUN_HOME", str(trained.root))
-    assert json.loads(said("list", "--json"))["store"] == str(trained.backups)
+    assert json.loads(said("list", "--json"))["store"] == str(default_store(trained))
     again = json.loads(said("backup", trained.model, "--json"))
     assert again["restore"].endswith(f"restore {again['id']}"), "which home is meant is said already"
     monkeypatch.setenv("LONGRUN_HOME", str(tmp_path))
@@ -166,7 +170,7 @@ def test_a_model_behind_a_link_is_that_of_its_home(trained: Home, tmp_path: Path
     trained.model.symlink_to(tmp_path / "volume")
     monkeypatch.chdir(tmp_path)
     made = json.loads(said("backup", trained.model, "--json"))
-    assert made["store"] == str(trained.backups)
+    assert made["store"] == str(default_store(trained))
     assert made["restore"].endswith(f"restore {made['id']} --home {trained.root}")
 
 
@@ -217,7 +221,7 @@ def test_a_url_is_not_taken_for_a_folder(trained: Home, said: Any, words: list[s
 
 def test_a_backup_says_what_it_has_and_how_to_restore_it(trained: Home, said: Any) -> None:
     lines = said("backup", "current_model/", "--reason", "why\nnot").splitlines()
-    made = Store(trained.backups).find("latest")
+    made = Store(default_store(trained)).find("latest")
     assert lines[0] == f"backup {made.id} is complete and verified: a model at global step 5"
     assert " files, " in lines[1]
     assert lines[-1] == f"to restore it: {PROGRAM} restore {made.id}"
@@ -256,7 +260,7 @@ def test_an_incomplete_model_is_said_to_be_that_everywhere(
     assert "is stored, but it is not a whole model" in refused
     assert "is stored and verified, but the model in it is INCOMPLETE:\n    checkpoint-5: optimizer.pt" in told
     assert "INCOMPLETE: checkpoint-5: optimizer.pt" in said("list")
-    made = Store(trained.backups).ids()[0]
+    made = Store(default_store(trained)).ids()[0]
     assert "it was INCOMPLETE when it was backed up: checkpoint-5" in said("restore", made)
     assert "there is no complete backup" in said("restore", "latest", code=1)
 
@@ -271,8 +275,8 @@ def test_lists_are_by_type_and_say_what_is_damaged(trained: Home, said: Any) -> 
     said("backup", "current_model", "--type", "scheduled")
     assert "-manual-" not in said("list", "--type", "scheduled")
     assert said("list", "--type", "pre_restore") == "there are no backups\n"
-    made = Store(trained.backups).all()[0]
-    damage(trained.backups / "backups" / made.id / "manifest.json", "flipped")
+    made = Store(default_store(trained)).all()[0]
+    damage(default_store(trained) / "backups" / made.id / "manifest.json", "flipped")
     assert said("list").splitlines()[-1] == f"{made.id}  DAMAGED: see `verify`"
     assert json.loads(said("list", "--json"))["unreadable"] == [made.id]
 
@@ -281,7 +285,7 @@ def test_verify_names_what_is_damaged_and_whom_it_concerns(trained: Home, said: 
     said("backup", "current_model")
     assert said("verify").startswith("1 backup, ")
     assert said("verify", "latest", "--quick").endswith("all good (manifests and sizes)\n")
-    store = Store(trained.backups)
+    store = Store(default_store(trained))
     damage(weights_in(store, store.all()[0]), "flipped")
     assert "all good" in said("verify", "--quick")
     assert backup_manager.main(["verify"]) == 1
@@ -308,7 +312,7 @@ def test_a_mistake_elsewhere_in_the_settings_keeps_nobody_from_a_backup(trained:
 def test_verify_says_of_each_damage_what_mends_it_and_that_does(trained: Home, said: Any, capsys: Any) -> None:
     first, second = (json.loads(said("backup", "current_model", "--json"))["id"] for _ in range(2))
     said("export", first, "copy")
-    folder = trained.backups / "backups"
+    folder = default_store(trained) / "backups"
     damage(folder / second / "SHA256SUMS", "flipped")
     assert backup_manager.main(["verify"]) == 1
     assert capsys.readouterr().out == (
@@ -349,7 +353,7 @@ def test_a_restore_keeps_what_was_there_and_says_what_it_has_not_seen(trained: H
     said("backup", "current_model")
     (trained.state / "ledger.sqlite3").write_bytes(b"")
     lines = said("restore", "latest").splitlines()
-    made = Store(trained.backups).ids()[0]
+    made = Store(default_store(trained)).ids()[0]
     assert lines[0] == f"{trained.model} is {made} now, every byte verified"
     assert lines[1] == "    a model at global step 5, grown from tiny"
     assert lines[2].startswith(f"what was there is kept as {trained.model}.replaced-")
@@ -377,12 +381,12 @@ def test_prune_says_what_and_does_it_when_told_to(trained: Home, said: Any) -> N
     trained.settings.write_text("[backup]\nkeep_last = 1\nkeep_daily = 0\nkeep_weekly = 0\nkeep_monthly = 0\n")
     for _ in range(2):
         said("backup", "current_model", "--type", "scheduled")
-    first, second = (found.id for found in Store(trained.backups).all())
+    first, second = (found.id for found in Store(default_store(trained)).all())
     lines = said("prune").splitlines()
     assert lines[0].startswith(f"would remove  {first}")
     assert lines[1] == "0 B would be freed; --execute does it"
     assert json.loads(said("prune", "--execute", "--json"))["removed"] == [first]
-    assert Store(trained.backups).ids() == [second]
+    assert Store(default_store(trained)).ids() == [second]
     assert said("prune") == said("prune", "--execute") == "there is nothing to remove\n"
     assert "it is the newest complete backup" in said("prune", second, "--execute", code=1)
 
@@ -405,7 +409,7 @@ def test_models_of_several_base_models_are_told_apart_in_the_list(trained: Home,
 def test_a_prune_beside_a_backup_is_locked_out(trained: Home, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said("backup", "current_model")
     monkeypatch.setattr(stores, "WAIT_S", 0.0)
-    with Store(trained.backups).using("a backup"):
+    with Store(default_store(trained)).using("a backup"):
         assert "backups is held by a backup (pid" in said("prune", "--execute", code=75)
 
 
@@ -414,7 +418,7 @@ def test_a_backup_goes_out_and_comes_in_as_it_is_said(trained: Home, said: Any, 
     target = target.replace("HOME", str(trained.root))
     said("backup", "current_model")
     lines = said("export", "latest", target).splitlines()
-    assert lines[0] == f"{Store(trained.backups).ids()[0]} is in {target}, verified"
+    assert lines[0] == f"{Store(default_store(trained)).ids()[0]} is in {target}, verified"
     words = shlex.split(lines[1].removeprefix(f"to bring it into another store: {PROGRAM} "))
     told = said(*words, "--store", "other")
     assert f"every byte verified\nto restore it: {PROGRAM} restore " in told
@@ -422,7 +426,7 @@ def test_a_backup_goes_out_and_comes_in_as_it_is_said(trained: Home, said: Any, 
     if target.startswith("file:"):
         assert said("list", "--store", target) == said("list")
         assert said("verify", "--store", target) == said("verify")
-        said("import", target, Store(trained.backups).ids()[0])
+        said("import", target, Store(default_store(trained)).ids()[0])
     else:
         assert "it is no URL; leave the ID out" in said("import", target, "x", code=1)
 

@@ -64,7 +64,7 @@ def objects(store: Store) -> dict[str, bytes]:
 def test_a_model_of_longrun_is_backed_up_and_comes_back(home: Home, tmp_path: Path) -> None:
     for step in (5, 6):
         add_checkpoint(home, step)
-    store, whole = Store(home.backups), state_of(home.model)
+    store, whole = Store(home.root / "backups"), state_of(home.model)
     saved = back_up(store, home.model, MANUAL, reason="before the bad file")
     made = saved.manifest
     assert (made.global_step, made.lineage, made.base_model, made.faults) == (6, "one", "tiny", ())

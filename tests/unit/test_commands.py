@@ -70,7 +70,7 @@ def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFi
     names = [f"{number}.jsonl" for number in range(6)]
     told: dict[str, Any] = {
         "being_written": ["w.jsonl"],
-        "settling": ["s.jsonl", "w.jsonl"],
+        "settling": ["s.jsonl", "w.jsonl", *names],
         "left": ["notes.txt"],
         "problems": ["paused: disk"],
         "rejected": 2,
@@ -82,8 +82,9 @@ def test_status_tells_what_is_being_trained(home: Home, capsys: pytest.CaptureFi
     for line in (
         "global step  11\n",
         r"training     evil\n.jsonl: 1 of 4 steps, 3 s left" + "\n             from global step 10 to 14\n",
-        "queue        6: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl\n",
+        "queue        6: 0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, ...\n",
         "             inbox/w.jsonl is still being written\n",
+        "             inbox/2.jsonl arrives\n             and more of these\n             inbox/notes.txt",
         "rejected     1  (rejected/*.reason.json say why)\n",
         "problem      paused: disk\n",
     ):

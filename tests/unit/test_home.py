@@ -47,7 +47,7 @@ def test_everything_has_its_place(home: Home) -> None:
     within = [home.ledger, home.status, home.events, home.daemon_lock, home.model_lock, home.set_aside, home.staging]
     assert all(path.parent == home.state for path in within)
     assert home.log == home.root / "logs/daemon.log"
-    assert (home.model.name, home.backups.name, home.settings.name) == ("current_model", "backups", "longrun.toml")
+    assert (home.model.name, home.settings.name) == ("current_model", "longrun.toml")
 
 
 def test_a_file_is_no_home(tmp_path: Path) -> None:

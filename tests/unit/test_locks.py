@@ -72,13 +72,13 @@ def test_two_who_ask_at_once_do_not_find_each_other(tmp_path: Path) -> None:
 def test_a_lock_whose_file_was_removed_as_stale_is_taken_again_unless_another_was_quicker(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locks.Lock.take(path, what="first") as first:
-        first.keep("first")
+        first.keep()
         path.unlink()
-        first.keep("first")
+        first.keep()
         assert (locks.holder(path) or {})["what"] == "first"
         path.unlink()
         with locks.Lock.take(path, what="second", wait_s=0), pytest.raises(Locked, match="held by second"):
-            first.keep("first")
+            first.keep()
 
 
 def test_a_lock_that_was_waited_for_under_a_name_that_is_another_by_now_is_not_taken(
