@@ -68,7 +68,7 @@ def run(home: Home, flags: dict[str, Any], *, drain: bool = False, by_hand: list
                 lock=lock,
             )
             check_base_model(context)
-            clean = Daemon(context, drain=drain or by_hand is not None, by_hand=by_hand).run()
+            clean = Daemon(context, drain=drain or by_hand is not None, files=by_hand).run()
         except sqlite3.Error as error:
             why = f"cannot go on: the ledger {home.ledger}: {error}"
             raise LongrunError(why, hint="start again; a ledger that was moved away is made anew") from error

@@ -51,13 +51,20 @@ class Ledger:
 
     @classmethod
     def trained(cls, path: Path) -> list[Job]:
-        """The trained jobs in the ledger at `path`, read beside a daemon or without one; nothing is changed."""
+        """The trained jobs in the ledger at `path`; as `reading` has it."""
+        with cls.reading(path) as ledger:
+            return ledger.in_state(JobState.TRAINED) if ledger else []
+
+    @classmethod
+    @contextmanager
+    def reading(cls, path: Path) -> Iterator[Self | None]:
+        """The ledger at `path`, None where there is none, to be read beside a daemon or without; nothing is changed."""
         if not path.exists():
-            return []
+            yield None
+            return
         try:
             with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-                columns = _COLUMNS if _has_record(connection) else _COLUMNS.replace("record", "''")
-                return cls(connection, columns).in_state(JobState.TRAINED)
+                yield cls(connection, _COLUMNS if _has_record(connection) else _COLUMNS.replace("record", "''"))
         except sqlite3.Error as error:
             raise LongrunError(f"cannot read the ledger {path}: {error}") from None
 

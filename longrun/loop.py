@@ -16,7 +16,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any
 
-from longrun import archive, checkpoint, disk, inbox, missing, process, replacing, requests, status
+from longrun import archive, by_hand, checkpoint, disk, inbox, missing, process, replacing, requests, status
 from longrun.errors import BadConfig, BadModel, CannotTrain, Locked, LongrunError, ModelRemoved
 from longrun.job import FINAL, WAITING, Job, JobState
 from longrun.preparation import Preparation
@@ -42,10 +42,11 @@ QUEUE_SHOWN = 100
 
 
 class Daemon:
-    def __init__(self, context: Context, *, drain: bool = False, by_hand: list[Path] | None = None) -> None:
+    def __init__(self, context: Context, *, drain: bool = False, files: list[Path] | None = None) -> None:
         self._context = context
         self._drain = drain
-        self._by_hand = by_hand
+        self._by_hand = files  # instead of the inbox
+        self._contents: list[str] = []  # SHA-256 of the files, by hand
         self._inbox = inbox.Inbox(context.home, context.settings.inbox, context.say)
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
@@ -90,6 +91,9 @@ class Daemon:
             finally:
                 self._leave()
         unfinished = self._by_hand is not None and (bool(self._context.waiting(limit=1)) or self._has_orphans)
+        if self._by_hand is not None and not unfinished:
+            with contextlib.suppress(OSError, sqlite3.Error):  # then the same files again are not trained again, once
+                by_hand.ended(self._context.ledger, self._contents)
         good = self._context.rejected_now == 0 and not self._hopeless and not self._inbox_is_shut
         return good and not unfinished
 
@@ -142,11 +146,39 @@ class Daemon:
                 context.put_away(job)
 
     def _admit_by_hand(self, paths: list[Path]) -> set[int]:
-        """Jobs for files named on the command line; one that was cut off earlier is gone on with."""
+        """Jobs for files named on the command line.
+
+        The same files again, after that command was cut off, are the same jobs: those, too, that were trained by then.
+        """
+        ledger = self._context.ledger
+        self._contents = [disk.hash_file(path) for path in paths]
+        begun = by_hand.jobs_of(ledger, self._contents) or self._unfinished(paths, self._contents)
+        jobs = [self._go_on_with(number) or self._copy_in(path) for path, number in zip(paths, begun, strict=True)]
+        by_hand.note(ledger, self._contents, jobs)
+        return set(jobs)
+
+    def _unfinished(self, paths: list[Path], contents: list[str]) -> list[int]:
+        """For each of the files a job that waits with its name and content, as one that was cut off; else 0."""
         names = {path.name for path in paths}
         waiting = [job for job in self._context.ledger.in_state(*WAITING, JobState.RUNNING) if job.name in names]
-        unfinished = {self._content_of(job): job.number for job in waiting}
-        return {unfinished.get(disk.hash_file(path)) or self._copy_in(path) for path in paths}
+        numbers: dict[str, list[int]] = {}
+        for job in waiting:
+            numbers.setdefault(self._content_of(job), []).append(job.number)
+        return [(numbers.get(content) or [0]).pop(0) for content in contents]
+
+    def _go_on_with(self, number: int) -> int:
+        """The number of a job that is not to be begun anew; else 0."""
+        job = self._context.ledger.get(number)
+        if job is None or job.state is JobState.REJECTED:
+            return 0
+        if job.state is JobState.TRAINED:
+            newest = self._context.seen
+            known = newest is not None or not self._context.home.model.exists()
+            if known and self._context.record_of(job, newest) is None:
+                return 0  # another model, or none, is there now
+            text = f"{job.name} was trained by this command before it was cut off, and is not trained again"
+            self._context.say("trained already", text, job=number, file=job.name)
+        return number
 
     def _content_of(self, job: Job) -> str:
         """SHA-256 of the job's file; of one that was not examined yet, read now."""

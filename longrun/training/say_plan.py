@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from longrun import checkpoint, config, status
+from longrun import by_hand, checkpoint, config, disk, status
 from longrun.errors import BadFile, ExitCode
 from longrun.examine import examine
 from longrun.plan import make_plan
@@ -38,7 +38,12 @@ def say_plan(home: Home, files: list[Path], flags: Mapping[str, Any]) -> int:
     code = ExitCode.OK
     if before.begun:
         print(f"after {before.begun}, which is begun and comes first, to global step {step}")  # noqa: T201
-    for file in files:
+    contents = [disk.hash_file(file) for file in files]
+    trained = by_hand.trained_already(home, contents, newest.lineage if newest else None)
+    for file, is_trained in zip(files, trained, strict=True):
+        if is_trained:
+            print(f"{file}: it was trained by this command before it was cut off, and is not trained again")  # noqa: T201
+            continue
         try:
             step = _say_one(file, settings, encoder, step, begun)
         except BadFile as error:

@@ -365,7 +365,13 @@ def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab
     assert "This file will train for 12 steps (reaching global step 12)" in said
     assert "This file will train for 12 steps (reaching global step 24)" in said
     assert "after one.jsonl, which is begun and comes first\n" in lab.command("check", str(second)).stdout
-    assert lab.train(first, second, faults=faults) == 0
+    again = [*faults, {"at": STEP, "role": "worker", "row": "Say two-", "nth": 6, "do": "kill both", "once": "second"}]
+    assert lab.train(first, second, faults=again) == -signal.SIGKILL
+    said = lab.command("--plan", str(first), str(second), program="train.py").stdout
+    assert f"{first}: it was trained by this command before it was cut off, and is not trained again" in said
+    assert "This file will train for 12 steps (reaching global step 12)" not in said
+    assert "This file will train for 12 steps (reaching global step 24)" in said
+    assert lab.train(first, second, faults=again) == 0
     assert lab.global_step == 24
     assert lab.times_trained("one", 96) == lab.times_trained("two", 96) == {1: 96}
     assert lab.times_trained("not-mine", 8) == {0: 8}
@@ -374,7 +380,8 @@ def test_files_trained_by_hand_survive_a_kill_and_leave_the_inbox_alone(make_lab
     assert first.exists()
     assert second.exists()
     sentences = re.findall(r"This file will train .*", lab.log)
-    assert sentences[-2:] == [
+    assert sentences[-3:] == [
         "This file will train for 12 steps (reaching global step 12)",
+        "This file will train for 12 steps (reaching global step 24)",
         "This file will train for 12 steps (reaching global step 24)",
     ]

@@ -31,6 +31,7 @@ FLOORS = {
         "ledger",
         "archive",
         "missing",
+        "by_hand",
         "requests",
         "status",
         "replacing",
