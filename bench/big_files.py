@@ -98,6 +98,7 @@ def prepare(file: Path, folder: Path) -> Iterator[None]:
         max_line_bytes=1 << 24,
         max_length=MAX_LENGTH,
         folder=str(folder / "job" / "prepared"),
+        rows=sum(1 for _ in lines_of(file)),
         base_model="bench",
         tokenizer=str(folder),
         trust_remote_code=False,
