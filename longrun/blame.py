@@ -13,8 +13,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from longrun import fitting
-
 if TYPE_CHECKING:
     from longrun.context import Context
     from longrun.job import Job
@@ -42,9 +40,9 @@ def alike(context: Context, situation: str, job: Job) -> str | None:
     return None if before in (None, WORKED) or before[0] == this[0] else before[1]
 
 
-def training(context: Context, batch_size: int, device: str) -> str:
-    """What a file is trained with, in words: its situation."""
-    return f"{fitting.situation(context, batch_size)}, {device}, {_libraries()}"
+def training(situation: str, device: str) -> str:
+    """What a file is trained with, in words: what takes memory, where, and by which libraries."""
+    return f"{situation}, {device}, {_libraries()}"
 
 
 def preparing(context: Context) -> str:

@@ -97,11 +97,11 @@ class Context:
         self.solved("room")
         self.solved("disk")
 
-    def hold_model(self) -> None:
+    def hold_model(self, what: str = "training") -> None:
         """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
         if not self._users:
             self._model_lock = locks.Lock.take(
-                self.home.training_lock, what="training", wait_s=0.0, held=self.home.model, hint="wait for it to end"
+                self.home.training_lock, what=what, wait_s=0.0, held=self.home.model, hint="wait for it to end"
             )
         self._users += 1
 
@@ -249,10 +249,10 @@ class Context:
 
     def _tell_rejected(self, job: Job, reason: dict[str, Any], name: str) -> None:
         mended = "" if reason["kind"] == "skipped" else "once it is mended there, "
+        way = f" (rejected/{name}; {mended}`daemon.py retry {shlex.quote(name)}` trains it from its first row)"
         self.say(
             "rejected",
-            f"{job.name} is rejected: {_in_words(reason)} (rejected/{name}; {mended}`daemon.py retry"
-            f" {shlex.quote(name)}` trains it from its first row)",
+            f"{job.name} is rejected: {_in_words(reason)}{'' if reason['kind'] == 'lost' else way}",
             level="warning",
             job=job.number,
             file=job.name,

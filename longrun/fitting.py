@@ -14,25 +14,25 @@ from longrun.wording import counted
 
 if TYPE_CHECKING:
     from longrun.context import Context
+    from longrun.plan import Recipe
 
 LEARNT = "rows that fit a device"  # the ledger's fact: {situation: (rows, seconds since the epoch)}
 FORGOTTEN_S = 86_400.0  # perhaps somebody else had taken the memory: to try again costs an attempt a day
 
 
-def rows_at_once(context: Context, batch_size: int) -> int:
+def rows_at_once(context: Context, recipe: Recipe) -> int:
     settings = context.settings
-    wanted = settings.train.per_device_train_batch_size or batch_size
-    learnt, _ = _learnt(context).get(situation(context, batch_size), (wanted, 0))
-    return _even_share(batch_size, settings.worker.processes, min(wanted, learnt))
+    wanted = settings.train.per_device_train_batch_size or recipe.batch_size
+    learnt, _ = _learnt(context).get(situation(context, recipe), (wanted, 0))
+    return _even_share(recipe.batch_size, settings.worker.processes, min(wanted, learnt))
 
 
-def make_smaller(context: Context, batch_size: int, tried: int) -> bool:
+def make_smaller(context: Context, situation: str, batch_size: int, tried: int) -> bool:
     """Half as many rows at once as were tried, remembered over restarts; False when it was one."""
     if tried <= 1:  # 0 before the model was there
         return False
     rows = _even_share(batch_size, context.settings.worker.processes, tried // 2)
-    lesson = {situation(context, batch_size): (rows, time.time())}
-    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | lesson))
+    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {situation: (rows, time.time())}))
     context.say(
         "smaller batches",
         f"for a day {counted(rows, 'row')} at once on a device, then more are tried again;"
@@ -42,10 +42,10 @@ def make_smaller(context: Context, batch_size: int, tried: int) -> bool:
     return True
 
 
-def forget(context: Context, batch_size: int) -> None:
+def forget(context: Context, situation: str) -> None:
     """Take the lesson back: where one row did not fit, the file was to blame, and the next ones are not held to it."""
     learnt = _learnt(context)
-    learnt.pop(situation(context, batch_size), None)
+    learnt.pop(situation, None)
     context.ledger.set_fact(LEARNT, json.dumps(learnt))
 
 
@@ -55,10 +55,11 @@ def _learnt(context: Context) -> dict[str, tuple[int, float]]:
     return {what: lesson for what, lesson in learnt.items() if abs(time.time() - lesson[1]) < FORGOTTEN_S}
 
 
-def situation(context: Context, batch_size: int) -> str:
+def situation(context: Context, recipe: Recipe) -> str:
     """What takes memory, in words: a lesson holds for that, and in another situation more may fit.
 
-    Whoever changes one of these may do so because of the lesson.
+    Whoever changes one of these may do so because of the lesson. A run is judged by that in which it began: while it
+    goes on, the settings may have become others.
     """
     model, train = context.settings.model, context.settings.train
     besides = (
@@ -69,7 +70,7 @@ def situation(context: Context, batch_size: int) -> str:
         train.per_device_train_batch_size,
         context.settings.worker.processes,
     )
-    return f"{batch_size} x {train.max_length} tokens, {model.base_model}, {' '.join(map(str, besides))}"
+    return f"{recipe.batch_size} x {recipe.max_length} tokens, {model.base_model}, {' '.join(map(str, besides))}"
 
 
 def _even_share(batch_size: int, processes: int, limit: int) -> int:

@@ -56,6 +56,11 @@ class Home:
         return self.state / "jobs"
 
     @cached_property
+    def last_word(self) -> Path:
+        """Why a process ended of a worker that has several: only the first talks to the daemon."""
+        return self.state / "last_word.json"
+
+    @cached_property
     def staging(self) -> Path:
         """Where checkpoints are written before they are complete; same file system as the model."""
         return self.state / "staging"

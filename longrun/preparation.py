@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from longrun import archive, blame, disk, wire
 from longrun.errors import CannotTrain
 from longrun.home import FACTS
-from longrun.job import Job, JobState
+from longrun.job import FINAL, Job, JobState
 from longrun.wording import counted, unpinned
 from longrun.worker import Child
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from longrun.context import Context
 
 
+OF_TOKENIZERS = (".json", ".jinja", ".txt", ".model")
+
+
 @dataclass(frozen=True)
 class Need:
     """What prepared rows depend on; other tokens than these must not be trained."""
@@ -33,6 +36,7 @@ class Need:
     max_length: int
     base_model: str
     on_bad_row: str
+    base_files: str  # what is in the folder of the base model, as long as there is no model
 
 
 class Preparation:
@@ -87,6 +91,8 @@ class Preparation:
         except (OSError, ValueError):
             return None
         need = asdict(self.need(job, newest))
+        if newest is not None:  # which has taken over the tokenizer that these were made with
+            del need["base_files"]
         return facts if {key: facts.get(key) for key in need} == need else None
 
     def need(self, job: Job, newest: Checkpoint | None) -> Need:
@@ -97,7 +103,14 @@ class Preparation:
             max_length=here.plan.recipe.max_length if here else settings.train.max_length,
             base_model=unpinned(self._context.base_model(newest)),
             on_bad_row=job.on_bad_row,
+            base_files="" if newest else self._base_files(),
         )
+
+    def _base_files(self) -> str:
+        """What tells whether somebody has edited the tokenizer or chat template in the base model's folder."""
+        folder = self._context.home.root / self._context.settings.model.base_model
+        found = [file for file in folder.glob("*") if file.suffix in OF_TOKENIZERS] if folder.is_dir() else []
+        return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(found))
 
     # -- choosing
 
@@ -126,6 +139,7 @@ class Preparation:
                     tokenizer=str(self._context.home.model) if newest else settings.model.base_model,
                     trust_remote_code=settings.model.trust_remote_code,
                     max_line_bytes=settings.inbox.max_line_bytes,
+                    rows=job.rows,
                     **asdict(need),
                 )
         return None
@@ -149,6 +163,8 @@ class Preparation:
             assert job is not None
             if not isinstance(message, wire.Failed):
                 self._deaths = 0
+            if job.state in FINAL:
+                return  # meanwhile, as when a model was restored that has it
             if isinstance(message, wire.Examined):
                 self._admit(job, message.facts)
             elif isinstance(message, wire.Refused):
@@ -170,7 +186,8 @@ class Preparation:
             on_bad_row=facts["on_bad_row"],
         )
         twin = context.ledger.same_content(job)
-        remarks = [*facts["notes"], *([f"same content as {twin.name} before it, trained again"] if twin else [])]
+        again = [twin.name] if twin is not None and twin.state is not JobState.REJECTED else []
+        remarks = [*facts["notes"], *(f"same content as {name} before it, trained again" for name in again)]
         if facts["skipped_rows"]:
             skipped, first = counted(facts["skipped_rows"], "bad row"), facts["skipped"][0]
             remarks.append(f"{skipped} skipped, the first at line {first.get('line')}: {first['why']}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from longrun import blame, checkpoint, disk, fitting, wire
 from longrun.errors import BadFile, BadModel, CannotTrain, ModelRemoved
 from longrun.job import Job, JobState
-from longrun.plan import Plan, make_plan
+from longrun.plan import Plan, Recipe, make_plan
 from longrun.wording import counted
 from longrun.worker import Child
 
@@ -41,6 +41,7 @@ class Run:
     job: Job
     plan: Plan
     message: wire.Train
+    situation: str  # fitting's, in which it began
     model: checkpoint.OpenModel
     start_step: int
     saved_step: int
@@ -85,16 +86,17 @@ class Runs:
 
     # -- starting
 
-    def warm_up(self, now: float, batch_size: int | None = None) -> None:
+    def warm_up(self, now: float, recipe: Recipe | None = None) -> None:
         """Start the worker's imports while the first file is still being prepared.
 
-        A job that was begun keeps its batch size, whatever the settings say by now.
+        A job that was begun keeps its recipe, whatever the settings say by now.
         """
         settings = self._context.settings
-        options = self._options(batch_size or settings.train.batch_size)
+        options = self._options(recipe or settings.recipe)
         if self.worker.running and self.worker.options != options and self.current is None:
             self.worker.kill()
         if not self.worker.running:
+            disk.remove_file(self._context.home.last_word)
             self._context.say("starting", "the training process is starting")
             self.worker.start(options, now, processes=settings.worker.processes)
 
@@ -113,7 +115,7 @@ class Runs:
         step = newest.global_step if newest else 0
         if self.worker.used and (newest is None or newest.lineage.lineage != self._held):
             self.worker.kill()  # a new model begins from its base, another has a configuration and tokenizer of its own
-        self.warm_up(now, plan.recipe.batch_size)
+        self.warm_up(now, plan.recipe)
         model = checkpoint.OpenModel(self._context.home, newest)
         if newest is not None:
             self._tell_what_was_begun(job, newest.lineage)
@@ -126,6 +128,7 @@ class Runs:
             job=job,
             plan=plan,
             message=message,
+            situation=fitting.situation(self._context, plan.recipe),
             model=model,
             start_step=step,
             saved_step=step,
@@ -214,13 +217,13 @@ class Runs:
             left = plan.planned_steps - done
             say("resuming", f"{job.name}: {done} steps are done already, {left} are left", job=job.number)
 
-    def _options(self, batch_size: int) -> tuple[str, ...]:
+    def _options(self, recipe: Recipe) -> tuple[str, ...]:
         """What a worker is started with and cannot change later."""
         settings = self._context.settings
         fixed = {
-            "per_device": fitting.rows_at_once(self._context, batch_size),
+            "per_device": fitting.rows_at_once(self._context, recipe),
             "may_be_fewer": not settings.train.per_device_train_batch_size,
-            "batch_size": batch_size,
+            "batch_size": recipe.batch_size,
             "dtype": settings.model.dtype,
             "attn_implementation": settings.model.attn_implementation,
             "trust_remote_code": settings.model.trust_remote_code,
@@ -283,12 +286,28 @@ class Runs:
             for message in self.worker.receive(now):
                 self._apply(message, now)
         except wire.Closed:
-            self._died(self.worker.kill())
+            how = self.worker.kill()
+            last_word = self._last_word()
+            if run is not None and last_word is not None:
+                self._failed(run, last_word)
+            else:
+                self._died(how)
             return
         if run is not None and run is self.current:
             self._keep_going(run, now)
         elif run is None:
             self._release_when_idle(now, standing_still=standing_still)
+
+    def _last_word(self) -> wire.Failed | None:
+        """Of a process that has brought the first one down with it, as when only its device is full.
+
+        What it calls a crash may be that it has lost the first one.
+        """
+        try:
+            said = wire.decode(self._context.home.last_word.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return said if isinstance(said, wire.Failed) and said.kind != "crash" else None
 
     def _keep_going(self, run: Run, now: float) -> None:
         if self.worker.ready and not run.sent:
@@ -307,7 +326,7 @@ class Runs:
             return
         self.worker.kill()
         self._over(run)
-        self._context.ledger.move(run.job, JobState.QUEUED)
+        self._wait_again(run, f"the worker has {device}")
         raise CannotTrain(
             f"this home was trained on a GPU, and now the worker has {device}",
             hint="`nvidia-smi` tells whether the driver works; to go on on the CPU, set use_cpu = true below [train]",
@@ -343,7 +362,7 @@ class Runs:
                 self._ended(run, message)
             case wire.Failed():
                 self.worker.kill()
-                self._failed(run, message)
+                self._failed(run, (self._last_word() if message.kind == "crash" else None) or message)
 
     def _started(self, run: Run, message: wire.Started, now: float) -> None:
         run.started, run.rows_at_once = True, message.rows_at_once
@@ -393,6 +412,8 @@ class Runs:
     def _saved(self, run: Run, message: wire.Saved) -> None:
         run.saved_step = run.global_step = message.global_step
         run.waiting = None
+        if run.job.attempts:  # they were before this
+            run.job = self._context.ledger.note(run.job, attempts=0)
         self._context.disk_is_well()
         blame.note_works(self._context, self._trained_with(run))
         folder = checkpoint.folder_of(self._context.home.model, message.global_step)
@@ -481,10 +502,10 @@ class Runs:
         elif failure.kind == "token":
             self._give_up(run, failure.why, failure.kind, failure.hint)
         elif failure.kind == "disk":
-            self._context.ledger.move(run.job, JobState.QUEUED)
+            self._wait_again(run, failure.why)
             raise disk.Refused(failure.why)
         elif failure.kind == "base model":
-            self._context.ledger.move(run.job, JobState.QUEUED)
+            self._wait_again(run, failure.why)
             raise CannotTrain(failure.why, hint=failure.hint)
         elif failure.kind == "prepared rows":
             disk.remove_tree(self._context.home.prepared(run.job.number), self._context.home.staging)
@@ -507,8 +528,7 @@ class Runs:
 
     def _died_at_start(self, run: Run | None, how: str) -> None:
         """Before model and optimizer stood ready: no file is at fault, so none pays for it with an attempt."""
-        if run is not None:
-            self._context.ledger.move(run.job, JobState.QUEUED)
+        if run is not None and self._wait_again(run, how):
             self._context.say("retry", f"{run.job.name}: the worker did not get ready ({how})", level="warning")
         self._deaths += 1
         if self._deaths >= self._context.settings.worker.max_attempts:
@@ -525,14 +545,8 @@ class Runs:
         One that ran out of memory with more rows at once than one has tried those, and not the file.
         How far it got is read from the disk: the worker may have died between a commit and its word of it.
         """
-        newest = self._context.newest()
-        saved_step = newest.global_step if newest else 0
-        if record := self._context.record_of(run.job, newest):
-            self._context.finish(run.job, record)
-            return
-        if run.stopping == "skip":
-            saved = run.plan.done_steps(saved_step)
-            self._end_skipped(run, f"while it failed ({why}); the model has its first {saved} steps", steps=saved)
+        saved_step = self._saved_step(run, why)
+        if saved_step is None:
             return
         if run.stopping:
             self._context.ledger.move(run.job, JobState.QUEUED)
@@ -541,12 +555,12 @@ class Runs:
         limit = self._context.settings.worker.max_attempts
         batch_size, no_memory = run.plan.recipe.batch_size, kind == "out of memory"
         failed = ""
-        if not (no_memory and fitting.make_smaller(self._context, batch_size, run.rows_at_once)):
+        if not (no_memory and fitting.make_smaller(self._context, run.situation, batch_size, run.rows_at_once)):
             attempts += 1
             failed = f" attempt {attempts} of {limit} failed,"
         if attempts >= limit:
             if no_memory:
-                fitting.forget(self._context, batch_size)
+                fitting.forget(self._context, run.situation)
             self._give_up(run, why, kind, FIXES[kind], after=f"; given up after {counted(attempts, 'attempt')}")
             return
         self._context.ledger.move(run.job, JobState.QUEUED, attempts=attempts)
@@ -557,6 +571,28 @@ class Runs:
             job=run.job.number,
             kind=kind,
         )
+
+    def _wait_again(self, run: Run, why: str) -> bool:
+        """Put the job back into the queue, for it is not to blame; False when it is over all the same."""
+        if self._saved_step(run, why) is None:
+            return False
+        self._context.ledger.move(run.job, JobState.QUEUED)
+        return True
+
+    def _saved_step(self, run: Run, why: str) -> int | None:
+        """The global step of the newest checkpoint, after a run that failed; None when that ends the job: the model
+        has it whole, or it was to be skipped.
+        """
+        newest = self._context.newest()
+        saved_step = newest.global_step if newest else 0
+        if record := self._context.record_of(run.job, newest):
+            self._context.finish(run.job, record)
+            return None
+        if run.stopping == "skip":
+            saved = run.plan.done_steps(saved_step)
+            self._end_skipped(run, f"while it failed ({why}); the model has its first {saved} steps", steps=saved)
+            return None
+        return saved_step
 
     def _give_up(self, run: Run, why: str, kind: str, fix: str, *, after: str = "") -> None:
         """Reject the file, unless all tells of what it is trained with: then the next ones would only follow it."""
@@ -572,7 +608,7 @@ class Runs:
         )
 
     def _trained_with(self, run: Run) -> str:
-        return blame.training(self._context, run.plan.recipe.batch_size, self.worker.device)
+        return blame.training(run.situation, self.worker.device)
 
     def _model_removed(self, run: Run, why: str) -> None:
         self.worker.kill()

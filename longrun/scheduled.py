@@ -110,7 +110,7 @@ class Scheduled:
     def _hold_model(self, hold: bool) -> None:
         """A restore that waited for the file's end waits for its backup, too: else it would be of what was restored."""
         if hold and not self._holds:
-            self.context.hold_model()
+            self.context.hold_model("a scheduled backup")
         elif self._holds and not hold:
             self.context.let_go_model()
         self._holds = hold

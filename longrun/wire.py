@@ -43,7 +43,9 @@ class Prepare:
     max_line_bytes: int
     max_length: int
     folder: str
-    base_model: str  # recorded with the rows
+    rows: int  # that were accepted when it was examined
+    base_model: str  # recorded with the rows, as are these files of it
+    base_files: str = ""
     tokenizer: str  # where to load it from: the model, or the base model before there is one
     trust_remote_code: bool
 

@@ -26,6 +26,7 @@ from longrun.examine import RowReader
 from longrun.home import FACTS, ROWS
 from longrun.rows import ChatRow, Row, RowFormat
 from longrun.training.masks import Encoder
+from longrun.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,11 +107,19 @@ def prepare(task: wire.Prepare, encoder: Encoder, alive: Callable[[str], None]) 
     _write(fresh / ROWS, _encoded(reader, encoder, tally, task.on_bad_row, alive))
     if reader.sha256 != task.sha256:
         raise BadFile("its bytes changed after it was claimed", kind="changed", hint="drop the file again")
+    if reader.rows != task.rows:
+        raise BadFile(
+            f"it had {counted(task.rows, 'good row')} when it was examined, and now {reader.rows}: max_line_bytes has"
+            " changed since",
+            kind="changed",
+            hint="take the change back, or drop the file again to train what is good by it",
+        )
     facts = {
         "sha256": task.sha256,
         "max_length": task.max_length,
         "cut_at": encoder.max_length,
         "base_model": task.base_model,
+        "base_files": task.base_files,
         "on_bad_row": task.on_bad_row,
         **vars(tally),
         "mask_source": encoder.mask_source if tally.rendered_rows else "",

@@ -447,7 +447,7 @@ class Session:
         if not all(bool(torch.isfinite(weight).all()) for weight in self._trainer.weights()):
             done = self.plan.done_steps(self._trainer.state.global_step) - 1
             rows = self._order[done * self.recipe.batch_size :][: self.recipe.batch_size]
-            raise Diverged("a weight became nan or inf", self._trainer.state.global_step, rows.tolist())
+            raise Diverged("a weight became nan or inf", self._trainer.state.global_step, self._row_numbers(rows))
 
     def _wait_for_room(self, *, at_least_once: bool = False) -> None:
         need = self._need_bytes() if self._world.leads else 0
@@ -477,7 +477,7 @@ class Session:
         step = self._trainer.state.global_step
         trained = self._order[: self.plan.done_steps(step) * self.recipe.batch_size]
         stopped = self._stop if step < self.plan.target_step else ""
-        told = stopped == "skip" and len(trained) <= ROWS_TOLD
+        told = stopped and len(trained) <= ROWS_TOLD  # a skip may come yet, while this is said
         rows = sorted({row + 1 for row in self._row_numbers(trained)}) if told else []
         return wire.Ended(job=self.plan.job, global_step=step, stopped=stopped, rows_trained=rows)
 

@@ -74,7 +74,10 @@ def _train(runner: Runner, home: Home, channel: Line, task: wire.Train) -> None:
         raise
     except Exception as error:  # noqa: BLE001  (whatever it is, the daemon must hear of it)
         traceback.print_exc()
-        channel.send(_in_words(task, error, home))
+        last_word = _in_words(task, error, home)
+        channel.send(last_word)
+        if not runner.world.leads:
+            disk.write_file(home.last_word, wire.encode(last_word))
         sys.exit(1)
 
 
@@ -128,6 +131,7 @@ class Preparer:
     def __init__(self, channel: wire.Channel) -> None:
         self._channel = channel
         self._encoders: dict[tuple[str, int], Encoder] = {}
+        self._base_files = ""
 
     def do(self, task: wire.Examine | wire.Prepare) -> wire.Message:
         try:
@@ -159,14 +163,17 @@ class Preparer:
         return wire.Prepared(job=task.job, facts=facts)
 
     def _encoder(self, task: wire.Prepare) -> Encoder:
-        """The encoder of the base model: kept, because all models of a lineage share its tokenizer."""
+        """The encoder of the base model: kept, because all models of a lineage share its tokenizer.
+
+        Until there is a model, somebody may edit the template in the base model's folder, as a refusal advises.
+        """
         key = (task.base_model, task.max_length)
-        if key not in self._encoders:
+        if task.base_files not in ("", self._base_files) or key not in self._encoders:
             from longrun.training.base_model import load_tokenizer
             from longrun.training.masks import Encoder
 
             tokenizer = load_tokenizer(task.tokenizer, trust_remote_code=task.trust_remote_code)
-            self._encoders = {key: Encoder(tokenizer, max_length=task.max_length)}
+            self._encoders, self._base_files = {key: Encoder(tokenizer, max_length=task.max_length)}, task.base_files
             gc.freeze()
         return self._encoders[key]
 

@@ -47,6 +47,21 @@ def test_a_base_model_that_was_refused_is_taken_when_the_model_is_removed_as_the
     assert lab.status["problems"] == []
 
 
+def test_a_chat_template_that_is_added_because_a_refusal_asks_for_it_is_read(
+    make_lab, torch_hand, dropout_model, tmp_path
+):
+    base = shutil.copytree(dropout_model, tmp_path / "base")
+    (base / TEMPLATE).unlink()
+    lab = make_lab(hand=torch_hand, base_model=base)
+    lab.start()
+    lab.drop("a.jsonl", 9)
+    lab.wait_until(lambda: "this base model has no chat template" in lab.log)
+    shutil.copy(dropout_model / TEMPLATE, base)
+    assert lab.command("retry", "a.jsonl").returncode == 0
+    lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))
+    assert lab.times_trained("a", 9) == {1: 9}
+
+
 def test_a_model_of_another_base_is_gone_on_with_as_it_is(make_lab, torch_hand, dropout_model, other_base):
     elsewhere = make_lab("elsewhere", hand=torch_hand, base_model=other_base)
     elsewhere.drop("x.jsonl", 9)

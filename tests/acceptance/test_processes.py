@@ -9,14 +9,20 @@ STEP = "transformers.trainer:Trainer.training_step"
 SLOW = {"at": STEP, "role": "worker", "row": "Say b-", "do": "slow", "nth": 0}  # so that the kill comes in its middle
 
 
+FULL = {"at": STEP, "role": "worker", "rank": "1", "rows_over": 2, "do": "oom", "nth": 0}  # the second's device
+
+
 def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, dropout_model, torch_hand):
-    lab = make_lab(base_model=dropout_model, **{"train.batch_size": 8, "train.save_steps": 3, "worker.processes": 2})
+    settings = {"train.batch_size": 8, "train.save_steps": 3, "train.per_device_train_batch_size": 4}
+    lab = make_lab(base_model=dropout_model, **settings, **{"worker.processes": 2})
     lab.drop("a.jsonl", 37)
     lab.drop("b.jsonl", 63)
-    daemon = lab.start(faults=[SLOW])
+    daemon = lab.start(faults=[FULL, SLOW])
     lab.wait_until(lambda: lab.global_step >= 6)
     lab.kill(daemon)
     assert lab.global_step < 13
+    assert "a.jsonl: out of memory: CUDA out of memory (as a test); going on from the newest" in lab.log
+    assert "for a day 2 rows at once on a device" in lab.log
     assert all(sorted(shares.values()) == [4, 4] for shares in shares_by_step(lab)[:-1])  # the last was cut off
     lab.hand = torch_hand
     lab.configure(**{"train.batch_size": 8, "model.base_model": str(dropout_model), "worker.processes": 1,
@@ -33,13 +39,14 @@ def test_two_processes_train_each_row_once_and_a_kill_changes_no_row(make_lab, d
 
 
 def shares_by_step(lab):
-    """Of each step so far, how many rows each process received, with those that only fill it up."""
-    shares: dict[int, collections.Counter[int]] = {}
+    """Of each step so far, how many rows each process of the last launch received, with those that only fill it up."""
+    shares: dict[int, dict[str, collections.Counter[int]]] = {}
     for line in (lab.probe / "batches.jsonl").read_text().splitlines():
         batch = json.loads(line)
-        shares.setdefault(batch["global_step"], collections.Counter())[batch["pid"]] += len(batch["texts"])
+        launches = shares.setdefault(batch["global_step"], {})
+        launches.setdefault(batch["launch"], collections.Counter())[batch["pid"]] += len(batch["texts"])
     assert len(shares) >= 6
-    return [shares[step] for step in sorted(shares)]
+    return [list(shares[step].values())[-1] for step in sorted(shares)]
 
 
 def rows_by_step(lab):

@@ -222,6 +222,50 @@ def test_a_pause_does_not_take_back_a_skip(lab):
     lab.wait_until(lambda: "a.jsonl" in lab.names("rejected"))
 
 
+def test_a_skip_is_not_forgotten_when_the_disk_refuses_the_checkpoint_that_it_asks_for(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    lab.start(LONGRUN_STEP_S="0.3", faults=[{"at": "longrun.checkpoint:seal", "role": "worker", "do": "ENOSPC"}])
+    lab.wait_until(lambda: started(lab))
+    requested(lab, requests.SKIP, job=1)
+    lab.wait_until(lambda: "a.jsonl is rejected: skipped by the operator while it failed" in lab.log)
+    lab.wait_until(lambda: "paused: disk" in lab.log)
+    assert "a.jsonl" in lab.names("rejected")
+
+
+def test_a_skip_is_not_forgotten_when_the_worker_of_a_begun_file_does_not_get_ready(lab):
+    lab.configure(**SETTINGS | {"worker.start_timeout_s": 2.0})
+    lab.drop_rows("a", 8 * STEPS)
+    daemon = lab.start(LONGRUN_STEP_S="0.1")
+    lab.wait_until(lambda: any(event["event"] == "saved" for event in lab.events))
+    lab.kill(daemon)
+    lab.start(faults=[{"at": "longrun.wire:connect", "role": "worker", "do": "hang", "once": "hang"}])
+    lab.wait_until(lambda: sum(event["event"] == "planned" for event in lab.events) == 2)
+    requested(lab, requests.SKIP, job=1)
+    lab.wait_until(lambda: "a.jsonl is rejected: skipped by the operator while it failed" in lab.log)
+    assert "struck-hang" in lab.names("probe")
+    assert "the model has its first " in lab.log
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_the_same_files_by_hand_after_a_kill_go_on_where_they_stopped(lab, removed):
+    files = [lab.home / f"{name}.jsonl" for name in ("one", "two")]
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in numbered(file.stem, 8 * STEPS)))
+    kill = {"at": "longrun.wire:Channel.send", "role": "worker", "about": f"Progress(job=2, global_step={STEPS + 5},",
+            "do": "kill both", "once": "second"}  # fmt: skip
+    command = [str(file) for file in files]
+    assert lab.command(*command, program="train.py", faults=[kill]).returncode == -signal.SIGKILL
+    if removed:
+        shutil.rmtree(lab.model)
+    assert lab.command(*command, program="train.py").returncode == 0
+    twice = "one.jsonl was trained by this command before it was cut off, and is not trained again"
+    assert (twice in lab.log) is not removed
+    assert sorted(record["name"] for record in lab.lineage["files"]) == ["one.jsonl", "two.jsonl"]
+    assert lab.global_step == 2 * STEPS
+    assert lab.command(*command, program="train.py").returncode == 0  # that one was at its end: this is another
+    assert lab.global_step == 4 * STEPS
+
+
 def test_who_leaves_at_once_says_what_is_lost_and_what_is_gone_on_with(lab):
     lab.drop_rows("a", 8 * 2 * STEPS)
     daemon = lab.start(LONGRUN_STEP_S="0.1")
@@ -273,6 +317,38 @@ def test_a_file_that_gets_further_with_each_attempt_is_not_given_up(lab):
     assert lab.drain(faults=kills) == 0
     assert lab.names("probe") >= {f"struck-{kill['once']}" for kill in kills}
     lab.check()
+
+
+def test_attempts_before_something_new_was_saved_do_not_count_when_the_daemon_has_started_again(lab):
+    lab.configure(**SETTINGS | {"worker.max_attempts": 2})
+    lab.drop_rows("a", 8 * 2 * STEPS)
+    kills = [
+        {"at": "longrun.wire:Channel.send", "role": "worker", "do": do, "once": f"{do} {step}",
+         "about": f"Progress(job=1, global_step={step},"}
+        for step, do in ((2, "kill"), (8, "kill both"), (7, "kill"))
+    ]  # fmt: skip
+    assert lab.drain(faults=kills[:2]) == -signal.SIGKILL
+    assert lab.drain(faults=kills[2:]) == 0
+    assert lab.names("probe") >= {f"struck-{kill['once']}" for kill in kills}
+    lab.check()
+
+
+def test_settings_that_nothing_was_trained_with_yet_are_not_trusted_for_what_an_earlier_file_saves(lab):
+    lab.configure(**SETTINGS | {"worker.max_attempts": 2})
+    lab.drop_rows("a", 8 * STEPS)
+    kill = {"at": "longrun.wire:Channel.send", "role": "worker", "do": "kill", "nth": 0}
+    daemon = lab.start(
+        "--drain", LONGRUN_STEP_S="0.3", faults=[{**kill, "about": f"Progress(job={job},"} for job in (2, 3)]
+    )
+    lab.wait_until(lambda: started(lab))
+    lab.configure(**SETTINGS | {"worker.max_attempts": 2, "train.gradient_checkpointing": True})
+    lab.wait_until(lambda: "from the next file on: train.gradient_checkpointing False -> True" in lab.log)
+    for name in ("b", "c"):
+        lab.drop_rows(name, 8)
+    assert daemon.wait(60) == 1
+    assert lab.names("trained") == {"a.jsonl"}
+    assert lab.names("rejected") == {"b.jsonl", "b.jsonl.reason.json"}
+    assert "as b.jsonl before it, and nothing was ever trained with this model, these settings" in lab.log
 
 
 @pytest.mark.parametrize("role", ["worker", "preparer"])
@@ -356,7 +432,7 @@ def test_a_waiting_file_that_somebody_deleted_is_over_and_the_next_trains(lab):
     claimed.unlink()
     lab.command("resume")
     lab.wait_until(lambda: "b.jsonl" in lab.names("trained"))
-    assert "a.jsonl is rejected: its file is gone from state/jobs/. Fix: drop it again" in lab.log
+    assert "a.jsonl is rejected: its file is gone from state/jobs/. Fix: drop it again\n" in lab.log
     daemon.send_signal(signal.SIGTERM)
     assert daemon.wait(60) == 0
 

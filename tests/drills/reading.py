@@ -85,6 +85,7 @@ class Reading:
             format=found.format.value,
             sha256=found.sha256,
             folder=str(self.folder / "prepared"),
+            rows=found.rows,
             tokenizer="tiny",
             base_model="tiny",
             max_length=MAX_LENGTH,

@@ -187,7 +187,7 @@ def _examined(task: wire.Examine) -> wire.Examined:
 
 def _prepared(task: wire.Prepare) -> wire.Prepared:
     rows = examine.examine(Path(task.path), on_bad_row=task.on_bad_row, max_line_bytes=task.max_line_bytes).rows
-    needed = ("sha256", "max_length", "base_model", "on_bad_row")
+    needed = ("sha256", "max_length", "base_model", "base_files", "on_bad_row")
     counts = ("tokens", "trained_tokens", "truncated_rows", "untrainable_rows", "refused_rows")
     facts = {name: getattr(task, name) for name in needed} | dict.fromkeys(counts, 0)
     facts |= {"trainable_rows": rows, "mask_source": "scripted"}

@@ -3,7 +3,7 @@
     LONGRUN_PROBE=FOLDER   append what each training step really received to FOLDER/batches.jsonl
     LONGRUN_FAULTS=JSON    a list of {"at": "module:function", "role": "daemon|worker|preparer", "nth": 1,
                            "when": "before|after", "do": "kill|oom|hang|nan|ENOSPC|...", "row": "text", "rows_over": 0,
-                           "about": "text", "once": "name"}
+                           "about": "text", "rank": "1", "once": "name"}
     LONGRUN_CHILDREN=FILE    the program that the daemon starts as worker and preparer instead of train.py
     LONGRUN_CALL=JSON        {"role": "daemon", "nth": 5, "how": "SIGKILL", "trace": FILE}: what tests/drills/faults.py
                              does at the nth call that changes the disk, in the first process of this role only;
@@ -15,7 +15,8 @@
 
 The product has no test hooks: functions are wrapped here when their module is imported, or was. A fault at
 `transformers.trainer:Trainer.training_step` may ask for a batch that contains a row (`row`) or is larger than
-`rows_over`; any fault may ask for arguments that mention a text (`about`). Each fault strikes once a process, at
+`rows_over`; any fault may ask for arguments that mention a text (`about`) and,
+of several processes, for one (`rank`). Each fault strikes once a process, at
 its nth call, or every time with "nth": 0; with "once" it strikes once in all, unless its mark is there already.
 
     kill         this process           kill daemon   its parent           kill both   its parent, then itself
@@ -82,6 +83,8 @@ def broken(function, fault):
         if "row" in fault and not any(fault["row"] in text for text in texts(arguments[0], arguments[2])):
             return function(*arguments, **options)
         if "rows_over" in fault and len(arguments[2]["input_ids"]) <= fault["rows_over"]:
+            return function(*arguments, **options)
+        if os.environ.get("RANK", "0") != fault.get("rank", os.environ.get("RANK", "0")):
             return function(*arguments, **options)
         if "about" in fault and fault["about"] not in repr(arguments):
             return function(*arguments, **options)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import zstandard
 from datasets import Dataset
 
 from longrun import wire
+from longrun.errors import BadFile
 from longrun.examine import examine
 from longrun.home import ROWS
 from longrun.rows import CompletionRow
@@ -99,10 +101,21 @@ def task_of(path, folder):
         max_line_bytes=1 << 20,
         max_length=1024,
         folder=str(folder),
+        rows=found.rows,
         base_model="tiny",
         tokenizer="tiny",
         trust_remote_code=False,
     )
+
+
+def test_a_file_of_which_other_rows_are_good_by_now_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "short"}\n{"text": "' + "longer " * 20 + '"}\n')
+    task = replace(task_of(path, tmp_path / "job" / "prepared"), on_bad_row="skip", max_line_bytes=60)
+    (tmp_path / "job").mkdir()
+    with pytest.raises(BadFile, match="had 2 good rows when it was examined, and now 1: max_line_bytes has changed"):
+        prepare(task, Encoder(load_tokenizer("tiny", trust_remote_code=False), max_length=1024), lambda _: None)
+    assert not (tmp_path / "job" / "prepared").exists()
 
 
 def trained_parts(row, tokenizer):

@@ -20,6 +20,7 @@ from longrun.errors import BadConfig
 from longrun.training import base_model, run
 from longrun.training.metrics import Diverged
 from longrun.training.order import held_out_rows, training_order
+from tests.lab import chat, numbered
 from tests.training.workshop import RECIPE, Workshop
 
 FILES = {"a": 37, "b": 60, "c": 63, "d": 100, "e": 1}
@@ -252,7 +253,7 @@ def test_a_loss_that_is_no_number_names_step_and_rows(workshop, monkeypatch):
     assert workshop.newest.global_step == 4
 
 
-def test_a_checkpoint_never_holds_a_weight_that_is_no_number(workshop, monkeypatch):
+def test_a_checkpoint_never_holds_a_weight_that_is_no_number_and_the_rows_before_it_are_named(workshop, monkeypatch):
     from transformers import Trainer
 
     original = Trainer.training_step
@@ -263,8 +264,11 @@ def test_a_checkpoint_never_holds_a_weight_that_is_no_number(workshop, monkeypat
         return loss
 
     monkeypatch.setattr(Trainer, "training_step", ruined)
-    with pytest.raises(Diverged):
-        workshop.train_file("a", 5)
+    job, facts = workshop.prepare("a", [chat("its answer is cut " * 99, "off"), *numbered("a", 5)])
+    assert facts["untrainable_rows"] == 1
+    with pytest.raises(Diverged, match="a weight became nan or inf") as told:
+        workshop.train(job, facts)
+    assert sorted(told.value.rows) == [1, 2, 3, 4, 5]  # as rows are counted in the file, from 0
     assert workshop.newest is None
 
 
@@ -408,9 +412,10 @@ def test_every_number_of_the_recipe_reaches_the_optimizer(workshop):
     assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
 
 
-def test_a_skipped_file_tells_which_rows_were_trained(workshop):
+@pytest.mark.parametrize("why", ["skip", "pause"])  # after which a skip may be asked for before it is heard of
+def test_a_file_that_is_stopped_tells_which_rows_were_trained(workshop, why):
     job, facts = workshop.prepare("a", 100)
-    workshop.channel.send(wire.Stop(why="skip"))
+    workshop.channel.send(wire.Stop(why=why))
     ended = workshop.train(job, facts)
     assert ended.rows_trained == sorted(row for rows in workshop.received.values() for row in rows)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longrun import checkpoint, wire
+from longrun.examine import examine
 from longrun.home import Home
 from longrun.plan import Plan, Recipe, make_plan
 from longrun.rows import RowFormat
@@ -105,6 +106,7 @@ class Workshop:
             max_line_bytes=1 << 20,
             max_length=self.recipe.max_length,
             folder=str(self.home.prepared(self.jobs)),
+            rows=examine(path, on_bad_row=on_bad_row).rows,
             base_model=self.base_model,
             tokenizer=self.base_model,
             trust_remote_code=False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import blame
+from longrun import blame, fitting
 from longrun.config import Settings
 from longrun.job import Job, JobState
 from longrun.ledger import Ledger
@@ -55,13 +55,16 @@ def test_other_bytes_under_a_name_that_is_used_again_are_another_file(context: A
 def test_what_has_trained_is_trusted_with_the_same_settings_and_libraries_only(
     context: Any, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    before = blame.training(context, 8, "cuda:0 (large)")
+    recipe = context.settings.recipe
+    before = blame.training(fitting.situation(context, recipe), "cuda:0 (large)")
     if changed == "settings":
         context.settings = replace(context.settings, train=replace(context.settings.train, optim="sgd"))
+    if changed == "batch size":
+        recipe = replace(recipe, batch_size=16)
     if changed == "libraries":
         monkeypatch.setattr(blame, "_libraries", lambda: "torch 99")
     device = "cuda:0 (small)" if changed == "device" else "cuda:0 (large)"
-    assert blame.training(context, 16 if changed == "batch size" else 8, device) != before
+    assert blame.training(fitting.situation(context, recipe), device) != before
 
 
 @pytest.mark.parametrize("changed", ["model", "libraries"])
