@@ -205,8 +205,14 @@ class Context:
         """What the model says of the job, if it was trained to its end; None otherwise."""
         return newest.lineage.record_of(self.home_id, job.number, job.sha256) if newest else None
 
-    def finish(self, job: Job, record: FileRecord) -> None:
-        """The lineage says that the job was trained: book it and put the file away."""
+    def finish_if_trained(self, job: Job, newest: checkpoint.Checkpoint | None) -> bool:
+        """Whether the lineage says that the job was trained to its end: it is booked then, and its file put away."""
+        record = self.record_of(job, newest)
+        if record is not None:
+            self._finish(job, record)
+        return record is not None
+
+    def _finish(self, job: Job, record: FileRecord) -> None:
         done = self.ledger.move(job, JobState.TRAINED, attempts=0, record=record.to_json())
         self.ended_now += 1
         self.missing_unsure |= bool(self.missing)  # it may make up for one of them

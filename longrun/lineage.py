@@ -99,7 +99,7 @@ class Lineage:
             None,
         )
 
-    def plan_in_progress(self, home: str, job: int, sha256: str) -> InProgress | None:
+    def progress_of(self, home: str, job: int, sha256: str) -> InProgress | None:
         """How far this job is, if the weights are in its middle.
 
         Another home's job with the same bytes counts: the order of rows depends on them, not on who dropped them.
@@ -119,7 +119,7 @@ class Lineage:
 
         Another job that was left in the middle (skipped, or given up) is closed: its rest will not be trained.
         """
-        here = self.plan_in_progress(plan.home, plan.job, plan.sha256)
+        here = self.progress_of(plan.home, plan.job, plan.sha256)
         if here is not None:
             return replace(self, in_progress=None), replace(here, plan=plan)  # under this home's id and number
         closed = self

@@ -384,15 +384,8 @@ class Daemon:
         if self._runs.current is None:
             for job in self._context.ledger.in_state(JobState.RUNNING):
                 usable, newest = self._look_at_model(now)
-                if usable and not self._is_trained(job, newest):
+                if usable and not self._context.finish_if_trained(job, newest):
                     self._context.ledger.move(job, JobState.QUEUED)
-
-    def _is_trained(self, job: Job, newest: Checkpoint | None) -> bool:
-        """Whether the model has the job already, as a ledger that was lost does not know; it is finished then."""
-        record = self._context.record_of(job, newest)
-        if record is not None:
-            self._context.finish(job, record)
-        return record is not None
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""
@@ -411,9 +404,9 @@ class Daemon:
         self._runs.warm_up(now)
         # Once more, now that it is known what the model is in the middle of.
         first = next(iter(self._context.waiting(limit=1)), None)
-        if first is None or first.state is not JobState.QUEUED or self._is_trained(first, newest):
+        if first is None or first.state is not JobState.QUEUED or self._context.finish_if_trained(first, newest):
             return
-        facts = self._preparation.is_prepared(first, newest)
+        facts = self._preparation.prepared_facts(first, newest)
         if facts is not None:
             self._check_room(newest)
             self._runs.start(first, newest, facts, now)

@@ -98,7 +98,7 @@ def look(home: Home) -> list[Missing]:
     taken: set[Path] = set()
     trained = archive.Trained(home)
     for job in jobs(home):
-        here = lineage.plan_in_progress(home.id, job.number, job.sha256) if lineage else None
+        here = lineage.progress_of(home.id, job.number, job.sha256) if lineage else None
         file = trained.find(job, taken)
         taken |= {file} if file else set()
         record = FileRecord.from_json(job.record) if job.record else None

@@ -84,7 +84,7 @@ class Preparation:
             self._idle_since = now
             self.preparer.send(message, now)
 
-    def is_prepared(self, job: Job, newest: Checkpoint | None) -> dict[str, Any] | None:
+    def prepared_facts(self, job: Job, newest: Checkpoint | None) -> dict[str, Any] | None:
         """The facts of the job's prepared rows, if they are what its plan needs."""
         try:
             facts: dict[str, Any] = json.loads((self._context.home.prepared(job.number) / FACTS).read_bytes())
@@ -97,7 +97,7 @@ class Preparation:
 
     def need(self, job: Job, newest: Checkpoint | None) -> Need:
         settings = self._context.settings
-        here = newest.lineage.plan_in_progress(self._context.home_id, job.number, job.sha256) if newest else None
+        here = newest.lineage.progress_of(self._context.home_id, job.number, job.sha256) if newest else None
         return Need(
             sha256=job.sha256,
             max_length=here.plan.recipe.max_length if here else settings.train.max_length,
@@ -129,7 +129,7 @@ class Preparation:
     def _next_prepare(self, newest: Checkpoint | None, limit: int = 0) -> wire.Prepare | None:
         settings = self._context.settings
         for job, path in self._with_file(JobState.QUEUED, limit=limit or settings.worker.prepare_ahead):
-            if self.is_prepared(job, newest) is None:
+            if self.prepared_facts(job, newest) is None:
                 need = self.need(job, newest)
                 return wire.Prepare(
                     job=job.number,

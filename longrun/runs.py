@@ -103,7 +103,7 @@ class Runs:
     def start(self, job: Job, newest: Checkpoint | None, facts: dict[str, Any], now: float) -> None:
         """Plan the job on top of `newest`, say the plan, and give it to the worker."""
         home_id = self._context.home_id
-        here = newest.lineage.plan_in_progress(home_id, job.number, job.sha256) if newest else None
+        here = newest.lineage.progress_of(home_id, job.number, job.sha256) if newest else None
         try:
             plan = self._own(here.plan, job) if here else self._new_plan(job, newest, facts)
         except BadFile as error:
@@ -172,7 +172,7 @@ class Runs:
             return
         home_id = self._context.home_id
         foreign = lineage.is_foreign(home_id)
-        if lineage.plan_in_progress(home_id, job.number, job.sha256) is None:
+        if lineage.progress_of(home_id, job.number, job.sha256) is None:
             was = self._context.ledger.get(begun.plan.job)
             if foreign or (was is not None and was.state is JobState.TRAINED):
                 self._tell_left(job, begun, foreign=foreign)
@@ -459,8 +459,8 @@ class Runs:
             return  # perhaps it is being removed: the job is left running, and settled when that is clear
         if newest is None:
             self._context.ledger.move(run.job, JobState.QUEUED)
-        elif record := self._context.record_of(run.job, newest):
-            self._context.finish(run.job, record)
+        elif self._context.finish_if_trained(run.job, newest):
+            return
         elif message.stopped:
             self._end_stopped(run, "skip" if run.stopping == "skip" else message.stopped, message.rows_trained)
         else:
@@ -585,8 +585,7 @@ class Runs:
         """
         newest = self._context.newest()
         saved_step = newest.global_step if newest else 0
-        if record := self._context.record_of(run.job, newest):
-            self._context.finish(run.job, record)
+        if self._context.finish_if_trained(run.job, newest):
             return None
         if run.stopping == "skip":
             saved = run.plan.done_steps(saved_step)

@@ -116,7 +116,7 @@ class Workshop:
 
     def plan(self, job: int, facts: dict[str, Any]) -> Plan:
         newest = self.newest
-        here = newest.lineage.plan_in_progress("", job, facts["sha256"]) if newest else None
+        here = newest.lineage.progress_of("", job, facts["sha256"]) if newest else None
         if here is not None:
             return here.plan
         return make_plan(

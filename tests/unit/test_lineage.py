@@ -116,15 +116,15 @@ def test_a_trained_job_is_known_by_home_number_and_content() -> None:
 
 def test_the_plan_in_progress_is_known_by_number_and_content() -> None:
     lineage = in_the_middle_of(HERE)
-    assert lineage.plan_in_progress(HERE, 1, "a" * 64) is lineage.in_progress
-    assert lineage.plan_in_progress(HERE, 1, "b" * 64) is None
-    assert lineage.plan_in_progress(HERE, 2, "a" * 64) is None
+    assert lineage.progress_of(HERE, 1, "a" * 64) is lineage.in_progress
+    assert lineage.progress_of(HERE, 1, "b" * 64) is None
+    assert lineage.progress_of(HERE, 2, "a" * 64) is None
 
 
 def test_what_another_home_began_goes_on_with_the_same_bytes_under_any_number() -> None:
     lineage = in_the_middle_of(THERE)
-    assert lineage.plan_in_progress(HERE, 7, "a" * 64) is lineage.in_progress
-    assert lineage.plan_in_progress(HERE, 1, "b" * 64) is None
+    assert lineage.progress_of(HERE, 7, "a" * 64) is lineage.in_progress
+    assert lineage.progress_of(HERE, 1, "b" * 64) is None
     own = plan_of(80, home=HERE, job=7)
     before, progress = lineage.begun(own, NOW)
     assert (before.files, before.in_progress, progress.plan, progress.done_steps) == ((), None, own, 4)
@@ -140,8 +140,8 @@ def test_a_model_older_than_the_ids_of_homes_is_of_the_home_it_is_in() -> None:
             del plan["home"]
         assert Lineage.from_json(json.dumps(values)) == lineage
     assert trained_by("").record_of(HERE, 1, "a" * 64)
-    assert in_the_middle_of("").plan_in_progress(HERE, 1, "a" * 64) is not None
-    assert in_the_middle_of("").plan_in_progress(HERE, 2, "a" * 64) is None
+    assert in_the_middle_of("").progress_of(HERE, 1, "a" * 64) is not None
+    assert in_the_middle_of("").progress_of(HERE, 2, "a" * 64) is None
 
 
 @given(st.lists(lineages, max_size=5))
