@@ -53,7 +53,8 @@ class Told:
     def say(self, event: str, text: str, **facts: Any) -> None:
         self.said.append(text)
 
-    def hold_model(self) -> None:
+    def hold_model(self, what: str) -> None:
+        assert what == "a scheduled backup"
         self.held += 1
 
     def let_go_model(self) -> None:
@@ -143,7 +144,7 @@ def test_nothing_begins_while_a_file_is_trained(told: Told) -> None:
 def test_a_backup_waits_for_whoever_replaces_the_model(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     backups = Scheduled(told)  # type: ignore[arg-type]
 
-    def held() -> None:
+    def held(what: str) -> None:
         raise Locked("current_model is held by restore")
 
     with monkeypatch.context() as patched:
