@@ -131,17 +131,19 @@ def in_turn(grown: Daemon, young: Daemon, name: str) -> list[dict[str, Took]]:
 
 
 def portion(daemon: Daemon, name: str, files: int) -> Took:
-    dice, trained, before_s = random.Random(name), daemon.status["trained"], cpu_s(daemon)
+    dice, trained, pids, before_s = random.Random(name), daemon.status["trained"], pids_of(daemon), cpu_s(daemon)
     for number in range(files):
         daemon.drop(f"{name}-{number:02d}", numbered(f"{name}-{number:02d}", ROWS, dice))
     daemon.wait(lambda: daemon.status["trained"] == trained + files)  # its log is long: reading it would cost time here
     daemon.wait(lambda: daemon.status["state"] == "idle")
+    if all(pids.values()) and pids_of(daemon) != pids:
+        raise RuntimeError(f"a process was replaced meanwhile, so its CPU time is not known: {pids}, {pids_of(daemon)}")
     first, *_, last = ends_of_files(daemon.home)[-files:]
     return Took(1000 * (last - first) / (files - 1), 1000 * (cpu_s(daemon) - before_s) / files)
 
 
 def cpu_s(daemon: Daemon) -> float:
-    """Of its processes so far; a worker that is replaced meanwhile would make it less, and the benchmark fail."""
+    """Of its processes so far."""
     return sum(Used.by(pid).cpu_s for pid in pids_of(daemon).values() if pid)
 
 

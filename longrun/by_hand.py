@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from longrun.job import JobState
+from longrun.job import FINAL, JobState
 from longrun.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -27,10 +27,20 @@ def note(ledger: Ledger, contents: list[str], jobs: list[int]) -> None:
     ledger.set_fact(UNFINISHED, json.dumps(dict(latest)))
 
 
-def ended(ledger: Ledger, contents: list[str]) -> None:
-    """From now on the same files are another command, which trains them again."""
-    others = {key: jobs for key, jobs in _unfinished(ledger).items() if key != _key(contents)}
-    ledger.set_fact(UNFINISHED, json.dumps(others))
+def forget_ended(ledger: Ledger, but: list[str] | None = None) -> None:
+    """A command whose files are all over, whoever trained them, has ended: typed again, it is another.
+
+    `but` are the contents of the one that is begun or gone on with now.
+    """
+    before = _unfinished(ledger)
+    left = {key: jobs for key, jobs in before.items() if (but and key == _key(but)) or not _are_over(ledger, jobs)}
+    if left != before:
+        ledger.set_fact(UNFINISHED, json.dumps(left))
+
+
+def _are_over(ledger: Ledger, jobs: list[int]) -> bool:
+    found = [ledger.get(number) for number in jobs]
+    return all(job is None or job.state in FINAL for job in found)
 
 
 def trained_already(home: Home, contents: list[str], lineage: Lineage | None) -> list[bool]:

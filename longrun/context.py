@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 EDITED_S = 0.2  # between two looks at an edited longrun.toml
 LOOKS = 10  # at most; what is edited without end is read as it is
+TRAINING, LOOKING = "training", "the Longrun daemon"  # what the model is held for
 OF_A_FILE = ("train.", "model.", "log.rows ", "worker.processes ")  # what a file that is being trained keeps
 
 SOLVED = {
@@ -60,7 +61,7 @@ class Context:
     lived: str | None = None  # the lineage that was last seen whole; a removal that is under way does not unsay it
     seen: checkpoint.Checkpoint | None = None  # the newest as last seen; the disk is asked again before every job
     _settings_seen: tuple[object, ...] = ()  # the file as last judged, and the model it was held against
-    _users: int = 0  # of the model, in this process
+    _holders: list[str] = field(default_factory=list)  # of the model, in this process: what each does
     _model_lock: locks.Lock | None = None
 
     def waiting(self, *states: JobState, limit: int) -> list[Job]:
@@ -97,27 +98,35 @@ class Context:
         self.solved("room")
         self.solved("disk")
 
-    def hold_model(self, what: str = "training") -> None:
+    def hold_model(self, what: str) -> None:
         """Keep restore and reset from replacing the model until `let_go_model`; Locked when one is at it now."""
-        if not self._users:
+        if not self._holders:
             self._model_lock = locks.Lock.take(
                 self.home.training_lock, what=what, wait_s=0.0, held=self.home.model, hint="wait for it to end"
             )
-        self._users += 1
+        self._holders.append(what)
+        self._tell_holder()
 
-    def let_go_model(self) -> None:
-        self._users -= 1
-        assert self._users >= 0, "each hold is let go once"
-        if not self._users and self._model_lock is not None:
+    def let_go_model(self, what: str) -> None:
+        self._holders.remove(what)
+        self._tell_holder()
+
+    def _tell_holder(self) -> None:
+        assert self._model_lock is not None
+        if self._holders:
+            for_longest = [what for what in (TRAINING, *self._holders) if what in self._holders and what != LOOKING]
+            self._model_lock.tell([*for_longest, LOOKING][0])
+        else:
             self._model_lock.release()
 
     @contextlib.contextmanager
     def model_held(self) -> Iterator[None]:
-        self.hold_model()
+        """For a moment."""
+        self.hold_model(LOOKING)
         try:
             yield
         finally:
-            self.let_go_model()
+            self.let_go_model(LOOKING)
 
     def newest(self) -> checkpoint.Checkpoint | None:
         """The checkpoint that the next job goes on from; BadModel when the model cannot be trusted.

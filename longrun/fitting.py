@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longrun.errors import CannotTrain
@@ -17,35 +18,44 @@ if TYPE_CHECKING:
     from longrun.plan import Recipe
 
 LEARNT = "rows that fit a device"  # the ledger's fact: {situation: (rows, seconds since the epoch)}
-FORGOTTEN_S = 86_400.0  # perhaps somebody else had taken the memory: to try again costs an attempt a day
+FORGOTTEN_S = 86_400.0  # perhaps somebody else had taken the memory: to try again costs a start of the worker a day
 
 
 def rows_at_once(context: Context, recipe: Recipe) -> int:
     settings = context.settings
     wanted = settings.train.per_device_train_batch_size or recipe.batch_size
-    learnt, _ = _learnt(context).get(situation(context, recipe), (wanted, 0))
+    learnt, _ = _learnt(context).get(situation(context, recipe).words, (wanted, 0))
     return _even_share(recipe.batch_size, settings.worker.processes, min(wanted, learnt))
 
 
-def make_smaller(context: Context, situation: str, batch_size: int, tried: int) -> bool:
+@dataclass(frozen=True)
+class Situation:
+    """What takes memory. A run is judged by that in which it began: while it goes on, settings may become others."""
+
+    words: str
+    batch_size: int
+    processes: int
+
+
+def make_smaller(context: Context, situation: Situation, tried: int) -> bool:
     """Half as many rows at once as were tried, remembered over restarts; False when it was one."""
     if tried <= 1:  # 0 before the model was there
         return False
-    rows = _even_share(batch_size, context.settings.worker.processes, tried // 2)
-    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {situation: (rows, time.time())}))
+    rows = _even_share(situation.batch_size, situation.processes, tried // 2)
+    context.ledger.set_fact(LEARNT, json.dumps(_learnt(context) | {situation.words: (rows, time.time())}))
     context.say(
         "smaller batches",
         f"for a day {counted(rows, 'row')} at once on a device, then more are tried again;"
-        f" a step still trains {batch_size} rows",
+        f" a step still trains {situation.batch_size} rows",
         level="warning",
     )
     return True
 
 
-def forget(context: Context, situation: str) -> None:
+def forget(context: Context, situation: Situation) -> None:
     """Take the lesson back: where one row did not fit, the file was to blame, and the next ones are not held to it."""
     learnt = _learnt(context)
-    learnt.pop(situation, None)
+    learnt.pop(situation.words, None)
     context.ledger.set_fact(LEARNT, json.dumps(learnt))
 
 
@@ -55,11 +65,10 @@ def _learnt(context: Context) -> dict[str, tuple[int, float]]:
     return {what: lesson for what, lesson in learnt.items() if abs(time.time() - lesson[1]) < FORGOTTEN_S}
 
 
-def situation(context: Context, recipe: Recipe) -> str:
-    """What takes memory, in words: a lesson holds for that, and in another situation more may fit.
+def situation(context: Context, recipe: Recipe) -> Situation:
+    """What a lesson holds for: in another situation more may fit.
 
-    Whoever changes one of these may do so because of the lesson. A run is judged by that in which it began: while it
-    goes on, the settings may have become others.
+    Whoever changes one of these may do so because of the lesson.
     """
     model, train = context.settings.model, context.settings.train
     besides = (
@@ -70,7 +79,8 @@ def situation(context: Context, recipe: Recipe) -> str:
         train.per_device_train_batch_size,
         context.settings.worker.processes,
     )
-    return f"{recipe.batch_size} x {recipe.max_length} tokens, {model.base_model}, {' '.join(map(str, besides))}"
+    words = f"{recipe.batch_size} x {recipe.max_length} tokens, {model.base_model}, {' '.join(map(str, besides))}"
+    return Situation(words, recipe.batch_size, context.settings.worker.processes)
 
 
 def _even_share(batch_size: int, processes: int, limit: int) -> int:

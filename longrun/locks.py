@@ -72,6 +72,12 @@ class Lock:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
 
+    def tell(self, what: str) -> None:
+        """Say that it is held for this now."""
+        if what != self._what:
+            self._what = what
+            self._write_note()
+
     def keep(self) -> None:
         """Have the lock also when somebody has removed its file as stale; Locked when another was quicker."""
         if not _leads_to(self.path, self._descriptor):

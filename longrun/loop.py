@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import select
 import signal
@@ -47,6 +48,7 @@ class Daemon:
         self._drain = drain
         self._by_hand = files  # instead of the inbox
         self._contents: list[str] = []  # SHA-256 of the files, by hand
+        self._skipped_before = False  # one of them, before this command was cut off
         self._inbox = inbox.Inbox(context.home, context.settings.inbox, context.say)
         self._bell = inbox.Bell(context.home, self._ring, context.say)
         self._preparation = Preparation(context)
@@ -91,11 +93,10 @@ class Daemon:
             finally:
                 self._leave()
         unfinished = self._by_hand is not None and (bool(self._context.waiting(limit=1)) or self._has_orphans)
-        if self._by_hand is not None and not unfinished:
-            with contextlib.suppress(OSError, sqlite3.Error):  # then the same files again are not trained again, once
-                by_hand.ended(self._context.ledger, self._contents)
+        with contextlib.suppress(OSError, sqlite3.Error):  # the next start does it
+            by_hand.forget_ended(self._context.ledger)
         good = self._context.rejected_now == 0 and not self._hopeless and not self._inbox_is_shut
-        return good and not unfinished
+        return good and not unfinished and not self._skipped_before
 
     # -- start and end
 
@@ -104,7 +105,9 @@ class Daemon:
         what = f"watches {context.home.inbox}" if self._by_hand is None else f"trains in {context.home.root}"
         context.say("start", f"Longrun {what}", pid=os.getpid(), home=str(context.home.root))
         self._recover()
-        if self._by_hand is not None:
+        if self._by_hand is None:
+            by_hand.forget_ended(context.ledger)
+        else:
             context.only = self._admit_by_hand(self._by_hand)
         self._notifier.say("READY=1")
 
@@ -152,9 +155,11 @@ class Daemon:
         """
         ledger = self._context.ledger
         self._contents = [disk.hash_file(path) for path in paths]
-        begun = by_hand.jobs_of(ledger, self._contents) or self._unfinished(paths, self._contents)
-        jobs = [self._go_on_with(number) or self._copy_in(path) for path, number in zip(paths, begun, strict=True)]
-        by_hand.note(ledger, self._contents, jobs)
+        by_hand.forget_ended(ledger, but=self._contents)
+        jobs = by_hand.jobs_of(ledger, self._contents) or self._unfinished(paths, self._contents)
+        for at, path in enumerate(paths):
+            jobs[at] = self._go_on_with(jobs[at]) or self._copy_in(path)
+            by_hand.note(ledger, self._contents, jobs)
         return set(jobs)
 
     def _unfinished(self, paths: list[Path], contents: list[str]) -> list[int]:
@@ -169,8 +174,14 @@ class Daemon:
     def _go_on_with(self, number: int) -> int:
         """The number of a job that is not to be begun anew; else 0."""
         job = self._context.ledger.get(number)
-        if job is None or job.state is JobState.REJECTED:
+        if job is None:
             return 0
+        if job.state is JobState.REJECTED:
+            if json.loads(job.reason)["kind"] != "skipped":
+                return 0
+            self._skipped_before = True
+            text = f"{job.name} was skipped in this command before it was cut off, and is not trained again"
+            self._context.say("skipped already", text, job=number, file=job.name)
         if job.state is JobState.TRAINED:
             newest = self._context.seen
             known = newest is not None or not self._context.home.model.exists()
@@ -385,7 +396,7 @@ class Daemon:
             for job in self._context.ledger.in_state(JobState.RUNNING):
                 usable, newest = self._look_at_model(now)
                 if usable and not self._context.finish_if_trained(job, newest):
-                    self._context.ledger.move(job, JobState.QUEUED)
+                    self._runs.take_up(job, newest)
 
     def _train_next(self, now: float) -> None:
         """Start the first waiting job once its tokens are there; jobs never overtake each other."""

@@ -6,6 +6,7 @@ shortly before its turn, because tokens take room.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from longrun.worker import Child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from longrun.checkpoint import Checkpoint
     from longrun.context import Context
@@ -44,6 +46,7 @@ class Preparation:
         self._context = context
         self.preparer = Child(context.home, "preparer")
         self._busy_with: Job | None = None
+        self._seen_files = ""
         self._idle_since = 0.0
         self._deaths = 0
 
@@ -107,10 +110,14 @@ class Preparation:
         )
 
     def _base_files(self) -> str:
-        """What tells whether somebody has edited the tokenizer or chat template in the base model's folder."""
-        folder = self._context.home.root / self._context.settings.model.base_model
-        found = [file for file in folder.glob("*") if file.suffix in OF_TOKENIZERS] if folder.is_dir() else []
-        return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(found))
+        """What tells whether somebody has edited the tokenizer or chat template in the base model's folder.
+
+        The first file that trains takes them as they are then into the model, so what follows it is made with those.
+        """
+        if not self._context.ledger.count(JobState.RUNNING):
+            folder = self._context.home.root / self._context.settings.model.base_model
+            self._seen_files = _told_apart(folder) if os.path.isdir(folder) else ""  # noqa: PTH112  (asks nothing)
+        return self._seen_files
 
     # -- choosing
 
@@ -229,7 +236,8 @@ class Preparation:
         if job is not None:
             current = self._context.ledger.get(job.number)
             assert current is not None
-            self._count_attempt(current, f"the preparer died over it ({how})")
+            if current.state not in FINAL:
+                self._count_attempt(current, f"the preparer died over it ({how})")
         elif self._deaths >= self._context.settings.worker.max_attempts:
             self._deaths = 0
             raise CannotTrain(
@@ -264,3 +272,15 @@ class Preparation:
         limit_s = 60 * self._context.settings.worker.idle_release_minutes
         if self.preparer.running and now - max(self._idle_since, self.preparer.heard_at) > limit_s:
             self.preparer.kill()
+
+
+def _told_apart(folder: Path) -> str:
+    """Names, sizes and times of a tokenizer's files; what cannot be looked at, as an editor's lock, is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for file in sorted(folder.iterdir()):
+            if file.suffix in OF_TOKENIZERS and not file.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    about = file.stat()
+                    found.append(f"{file.name} {about.st_size} {about.st_mtime_ns}")
+    return " ".join(found)

@@ -2,7 +2,8 @@
 
 A run may end at its target, stopped on purpose, with its model gone, for want of disk or of what it is trained with,
 by the file's own fault (NaN, a token the model has not), or by a death of the worker or damage to the prepared rows.
-Only the last two count as an attempt, and only when they saved nothing new; in every case the next run goes on from the
+Only the last two count as an attempt, and only when they saved nothing new; nor does an out of memory count with which
+fewer rows at once are tried next. In every case the next run goes on from the
 newest verified checkpoint.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from longrun import blame, checkpoint, disk, fitting, wire
+from longrun.context import TRAINING
 from longrun.errors import BadFile, BadModel, CannotTrain, ModelRemoved
 from longrun.job import Job, JobState
 from longrun.plan import Plan, Recipe, make_plan
@@ -41,7 +43,7 @@ class Run:
     job: Job
     plan: Plan
     message: wire.Train
-    situation: str  # fitting's, in which it began
+    situation: fitting.Situation  # in which it began
     model: checkpoint.OpenModel
     start_step: int
     saved_step: int
@@ -83,6 +85,7 @@ class Runs:
         self._held = ""  # the lineage that the worker has in memory
         self._idle_since = 0.0
         self._deaths = 0
+        self._skipped = 0  # number of the job that is to be skipped, until that is booked
 
     # -- starting
 
@@ -121,7 +124,7 @@ class Runs:
             self._tell_what_was_begun(job, newest.lineage)
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
-        self._context.hold_model()  # for the length of the run
+        self._context.hold_model(TRAINING)
         message = self._message(job, plan, newest)
         self._held = newest.lineage.lineage if newest else message.lineage
         self.current = Run(
@@ -246,6 +249,7 @@ class Runs:
         if run is None or run.stopping in (why, "skip"):
             return
         run.stopping = why
+        self._skipped = run.job.number if why == "skip" else self._skipped
         if run.started:
             self.worker.send(wire.Stop(why=why), now)
             when = f"at the next step boundary, after a checkpoint{note}"
@@ -299,15 +303,12 @@ class Runs:
             self._release_when_idle(now, standing_still=standing_still)
 
     def _last_word(self) -> wire.Failed | None:
-        """Of a process that has brought the first one down with it, as when only its device is full.
-
-        What it calls a crash may be that it has lost the first one.
-        """
+        """Of a process that has brought the first one down with it, as when only its device is full."""
         try:
             said = wire.decode(self._context.home.last_word.read_bytes())
         except (OSError, ValueError):
             return None
-        return said if isinstance(said, wire.Failed) and said.kind != "crash" else None
+        return said if isinstance(said, wire.Failed) else None
 
     def _keep_going(self, run: Run, now: float) -> None:
         if self.worker.ready and not run.sent:
@@ -446,7 +447,7 @@ class Runs:
     def _over(self, run: Run) -> None:
         self.current = None
         run.model.close()
-        self._context.let_go_model()
+        self._context.let_go_model(TRAINING)
         self._context.journal.progress_over()
 
     def _ended(self, run: Run, message: wire.Ended) -> None:
@@ -471,7 +472,7 @@ class Runs:
         if why == "skip":
             count = min(done * run.plan.recipe.batch_size, run.plan.rows)
             how_far = f"after {done} of {run.plan.planned_steps} steps; {count} of {run.plan.rows} rows were trained"
-            self._end_skipped(run, how_far, steps=done, rows_trained=rows_trained)
+            self._end_skipped(run.job, how_far, steps=done, rows_trained=rows_trained)
             return
         self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.say(
@@ -481,8 +482,18 @@ class Runs:
             job=run.job.number,
         )
 
-    def _end_skipped(self, run: Run, how_far: str, **facts: Any) -> None:
-        self._context.reject(run.job, {"kind": "skipped", "why": f"skipped by the operator {how_far}", **facts})
+    def _end_skipped(self, job: Job, how_far: str, **facts: Any) -> None:
+        self._context.reject(job, {"kind": "skipped", "why": f"skipped by the operator {how_far}", **facts})
+        self._skipped = 0
+
+    def take_up(self, job: Job, newest: Checkpoint | None) -> None:
+        """Book how a run ended that could not be booked then: back into the queue, unless the job was skipped."""
+        if job.number != self._skipped:
+            self._context.ledger.move(job, JobState.QUEUED)
+            return
+        here = newest.lineage.progress_of(self._context.home_id, job.number, job.sha256) if newest else None
+        steps = here.done_steps if here else 0
+        self._end_skipped(job, f"while it failed; the model has its first {steps} steps", steps=steps)
 
     def _failed(self, run: Run, failure: wire.Failed) -> None:
         if self._lost_model(run):
@@ -553,9 +564,8 @@ class Runs:
             return
         attempts = 0 if saved_step > run.start_step else run.job.attempts
         limit = self._context.settings.worker.max_attempts
-        batch_size, no_memory = run.plan.recipe.batch_size, kind == "out of memory"
-        failed = ""
-        if not (no_memory and fitting.make_smaller(self._context, run.situation, batch_size, run.rows_at_once)):
+        no_memory, failed = kind == "out of memory", ""
+        if not (no_memory and fitting.make_smaller(self._context, run.situation, run.rows_at_once)):
             attempts += 1
             failed = f" attempt {attempts} of {limit} failed,"
         if attempts >= limit:
@@ -589,7 +599,7 @@ class Runs:
             return None
         if run.stopping == "skip":
             saved = run.plan.done_steps(saved_step)
-            self._end_skipped(run, f"while it failed ({why}); the model has its first {saved} steps", steps=saved)
+            self._end_skipped(run.job, f"while it failed ({why}); the model has its first {saved} steps", steps=saved)
             return None
         return saved_step
 
@@ -607,13 +617,17 @@ class Runs:
         )
 
     def _trained_with(self, run: Run) -> str:
-        return blame.training(run.situation, self.worker.device)
+        return blame.training(run.situation.words, self.worker.device)
 
     def _model_removed(self, run: Run, why: str) -> None:
         self.worker.kill()
         self._over(run)
-        self._context.ledger.move(run.job, JobState.QUEUED)
         then = "will start again from the model that is there then, else from the base model at step 0"
+        if run.stopping == "skip":
+            then = "was to be skipped, and is"
+            self._end_skipped(run.job, "while the model went; the one that is there then has none of it", steps=0)
+        else:
+            self._context.ledger.move(run.job, JobState.QUEUED)
         self._context.model_removed(f"{why}: {run.job.name} {then}", job=run.job.number)
 
     def _release_when_idle(self, now: float, *, standing_still: bool) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).resolve().parent.parent / "backup_manager.py"
 NICE = ("nice", "-n", "10")  # the training process goes first
+BACKUP = "a scheduled backup"  # what the model is held for
 FACT = "scheduled backup"  # in the ledger: when the last one was made, and of what
 UNCOPIED = "backups to copy"  # in the ledger
 FAILED = {
@@ -110,9 +111,9 @@ class Scheduled:
     def _hold_model(self, hold: bool) -> None:
         """A restore that waited for the file's end waits for its backup, too: else it would be of what was restored."""
         if hold and not self._holds:
-            self.context.hold_model("a scheduled backup")
+            self.context.hold_model(BACKUP)
         elif self._holds and not hold:
-            self.context.let_go_model()
+            self.context.let_go_model(BACKUP)
         self._holds = hold
 
     @property

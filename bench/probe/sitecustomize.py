@@ -57,6 +57,17 @@ def seen(function):
     return forward
 
 
+def written(function):
+    @functools.wraps(function)
+    def train(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        finally:
+            write_held()  # Longrun's worker lives on after its last file, and is killed when the daemon leaves
+
+    return train
+
+
 def write_held():
     if HELD:
         with Path(os.environ["BENCH_PROBE"]).open("a") as file:
@@ -125,6 +136,7 @@ def timed(part):
 FORWARDS = [
     ("transformers.models.llama.modeling_llama", "LlamaModel.forward", seen),
     ("transformers.trainer", "Trainer.training_step", noted),
+    ("transformers.trainer", "Trainer.train", written),
 ]
 PARTS = [
     ("longrun.examine", "examine", timed("examined")),

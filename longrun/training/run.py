@@ -474,10 +474,11 @@ class Session:
     # -- the end
 
     def ended(self) -> wire.Ended:
+        self._listen()  # a skip may have come while the checkpoint was written
         step = self._trainer.state.global_step
         trained = self._order[: self.plan.done_steps(step) * self.recipe.batch_size]
         stopped = self._stop if step < self.plan.target_step else ""
-        told = stopped and len(trained) <= ROWS_TOLD  # a skip may come yet, while this is said
+        told = stopped == "skip" and len(trained) <= ROWS_TOLD
         rows = sorted({row + 1 for row in self._row_numbers(trained)}) if told else []
         return wire.Ended(job=self.plan.job, global_step=step, stopped=stopped, rows_trained=rows)
 

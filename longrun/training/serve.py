@@ -76,7 +76,7 @@ def _train(runner: Runner, home: Home, channel: Line, task: wire.Train) -> None:
         traceback.print_exc()
         last_word = _in_words(task, error, home)
         channel.send(last_word)
-        if not runner.world.leads:
+        if not runner.world.leads and last_word.kind != "crash":  # that may be that it has lost another
             disk.write_file(home.last_word, wire.encode(last_word))
         sys.exit(1)
 

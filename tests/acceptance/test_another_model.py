@@ -51,11 +51,13 @@ def test_a_chat_template_that_is_added_because_a_refusal_asks_for_it_is_read(
     make_lab, torch_hand, dropout_model, tmp_path
 ):
     base = shutil.copytree(dropout_model, tmp_path / "base")
-    (base / TEMPLATE).unlink()
+    (base / TEMPLATE).rename(base / f".#{TEMPLATE}")
+    (base / TEMPLATE).symlink_to("user@host.1:2")  # as an editor marks what it has open
     lab = make_lab(hand=torch_hand, base_model=base)
     lab.start()
     lab.drop("a.jsonl", 9)
     lab.wait_until(lambda: "this base model has no chat template" in lab.log)
+    (base / TEMPLATE).unlink()
     shutil.copy(dropout_model / TEMPLATE, base)
     assert lab.command("retry", "a.jsonl").returncode == 0
     lab.wait_until(lambda: "a.jsonl" in lab.names("trained"))

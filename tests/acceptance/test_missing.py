@@ -123,7 +123,7 @@ def test_an_idle_daemon_notices_that_its_model_is_gone_and_makes_it_again(lab, u
     shutil.rmtree(lab.model)
     lab.wait_until(lambda: lab.note["missing"] == ["a.jsonl", "b.jsonl", "c.jsonl"], limit_s=15)
     assert lab.status["missing"] == lab.note["missing"]
-    assert "what it learnt from a.jsonl, b.jsonl, c.jsonl (3 files, 118 rows)" in lab.log
+    assert "trained here, but not in the model: a.jsonl, b.jsonl, c.jsonl (3 files, 118 rows)" in lab.log
     assert lab.command("retry", "--missing").returncode == 0
     lab.drop("d.jsonl", FILES["d"])
     lab.wait_until(lambda: len(lab.names("trained")) == 4)

@@ -232,6 +232,16 @@ def test_a_skip_is_not_forgotten_when_the_disk_refuses_the_checkpoint_that_it_as
     assert "a.jsonl" in lab.names("rejected")
 
 
+def test_a_skip_is_not_forgotten_when_it_cannot_be_booked_at_first(lab):
+    lab.drop_rows("a", 8 * STEPS)
+    refused = {"at": "longrun.ledger:Ledger.move", "role": "daemon", "about": "REJECTED", "do": "ENOSPC"}
+    lab.start(LONGRUN_STEP_S="0.3", faults=[refused])
+    lab.wait_until(lambda: started(lab))
+    requested(lab, requests.SKIP, job=1)
+    lab.wait_until(lambda: "a.jsonl is rejected: skipped by the operator" in lab.log)
+    assert "paused: disk" in lab.log
+
+
 def test_a_skip_is_not_forgotten_when_the_worker_of_a_begun_file_does_not_get_ready(lab):
     lab.configure(**SETTINGS | {"worker.start_timeout_s": 2.0})
     lab.drop_rows("a", 8 * STEPS)
@@ -264,6 +274,34 @@ def test_the_same_files_by_hand_after_a_kill_go_on_where_they_stopped(lab, remov
     assert lab.global_step == 2 * STEPS
     assert lab.command(*command, program="train.py").returncode == 0  # that one was at its end: this is another
     assert lab.global_step == 4 * STEPS
+
+
+def test_a_command_that_a_daemon_has_finished_is_another_when_it_is_typed_again(lab):
+    file = lab.home / "one.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in numbered("one", 8 * STEPS)))
+    kill = {"at": "longrun.wire:Channel.send", "role": "worker", "about": "Progress(job=1, global_step=5,",
+            "do": "kill both", "once": "middle"}  # fmt: skip
+    assert lab.command(str(file), program="train.py", faults=[kill]).returncode == -signal.SIGKILL
+    assert lab.drain() == 0
+    assert lab.global_step == STEPS
+    assert lab.command(str(file), program="train.py").returncode == 0
+    assert lab.global_step == 2 * STEPS
+
+
+def test_a_file_that_was_skipped_by_hand_is_not_trained_from_its_first_row_when_the_command_goes_on(lab):
+    files = [lab.home / f"{name}.jsonl" for name in ("one", "two")]
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in numbered(file.stem, 8 * STEPS)))
+    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, files), "--home", str(lab.home)]
+    kill = {"at": "longrun.wire:Channel.send", "role": "worker", "about": "Progress(job=2,", "do": "kill both"}
+    by_hand = subprocess.Popen(command, env=lab.environment([kill], LONGRUN_STEP_S="0.3"), stderr=subprocess.DEVNULL)
+    lab.wait_until(lambda: started(lab))
+    requested(lab, requests.SKIP, job=1)
+    assert by_hand.wait(60) == -signal.SIGKILL
+    assert lab.names("rejected") == {"one.jsonl", "one.jsonl.reason.json"}
+    assert lab.command(*map(str, files), program="train.py").returncode == 1
+    assert "one.jsonl was skipped in this command before it was cut off, and is not trained again" in lab.log
+    assert [record["name"] for record in lab.lineage["files"] if record["outcome"] == "trained"] == ["two.jsonl"]
 
 
 def test_who_leaves_at_once_says_what_is_lost_and_what_is_gone_on_with(lab):

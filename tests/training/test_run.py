@@ -412,11 +412,22 @@ def test_every_number_of_the_recipe_reaches_the_optimizer(workshop):
     assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
 
 
-@pytest.mark.parametrize("why", ["skip", "pause"])  # after which a skip may be asked for before it is heard of
-def test_a_file_that_is_stopped_tells_which_rows_were_trained(workshop, why):
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "while a pause saves"])
+def test_a_skipped_file_tells_which_rows_were_trained(workshop, monkeypatch, late):
+    from longrun import checkpoint
+
+    original = checkpoint.seal
+
+    def skipped_and_sealed(*arguments):
+        workshop.channel.send(wire.Stop(why="skip"))
+        return original(*arguments)
+
+    if late:
+        monkeypatch.setattr(checkpoint, "seal", skipped_and_sealed)
     job, facts = workshop.prepare("a", 100)
-    workshop.channel.send(wire.Stop(why=why))
+    workshop.channel.send(wire.Stop(why="pause" if late else "skip"))
     ended = workshop.train(job, facts)
+    assert ended.stopped == "skip"
     assert ended.rows_trained == sorted(row for rows in workshop.received.values() for row in rows)
 
 

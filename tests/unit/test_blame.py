@@ -56,7 +56,7 @@ def test_what_has_trained_is_trusted_with_the_same_settings_and_libraries_only(
     context: Any, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     recipe = context.settings.recipe
-    before = blame.training(fitting.situation(context, recipe), "cuda:0 (large)")
+    before = blame.training(fitting.situation(context, recipe).words, "cuda:0 (large)")
     if changed == "settings":
         context.settings = replace(context.settings, train=replace(context.settings.train, optim="sgd"))
     if changed == "batch size":
@@ -64,7 +64,7 @@ def test_what_has_trained_is_trusted_with_the_same_settings_and_libraries_only(
     if changed == "libraries":
         monkeypatch.setattr(blame, "_libraries", lambda: "torch 99")
     device = "cuda:0 (small)" if changed == "device" else "cuda:0 (large)"
-    assert blame.training(fitting.situation(context, recipe), device) != before
+    assert blame.training(fitting.situation(context, recipe).words, device) != before
 
 
 @pytest.mark.parametrize("changed", ["model", "libraries"])

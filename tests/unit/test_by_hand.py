@@ -27,12 +27,19 @@ def ledger(home: Home) -> Iterator[Ledger]:
     opened.close()
 
 
+def job(number: int, state: JobState = JobState.QUEUED) -> Job:
+    return Job(number=number, name=f"{number}.jsonl", state=state, sha256=f"of {number}", arrived_at=0.0)
+
+
 def test_a_command_is_known_by_the_contents_of_its_files_in_their_order_until_it_has_ended(ledger: Ledger) -> None:
     by_hand.note(ledger, ["a", "b"], [1, 2])
     by_hand.note(ledger, ["b", "a"], [3, 4])
     assert by_hand.jobs_of(ledger, ["a", "b"]) == [1, 2]
     assert by_hand.jobs_of(ledger, ["a"]) == []
-    by_hand.ended(ledger, ["a", "b"])
+    ledger.learn([job(1, JobState.TRAINED), job(2, JobState.REJECTED), job(3, JobState.TRAINED), job(4)])
+    by_hand.forget_ended(ledger, but=["a", "b"])
+    assert by_hand.jobs_of(ledger, ["a", "b"]) == [1, 2]
+    by_hand.forget_ended(ledger)
     assert by_hand.jobs_of(ledger, ["a", "b"]) == []
     assert by_hand.jobs_of(ledger, ["b", "a"]) == [3, 4]
 
@@ -45,17 +52,11 @@ def test_commands_that_are_never_typed_again_do_not_become_more_and_more(ledger:
 
 
 def test_trained_already_is_what_the_model_has(home: Home, ledger: Ledger) -> None:
-    contents = ["of a", "of b", "of c"]
-    states = (JobState.TRAINED, JobState.TRAINED, JobState.QUEUED)
-    jobs = [
-        Job(number=number, name=sha256[-1], state=state, sha256=sha256, arrived_at=0.0)
-        for number, (sha256, state) in enumerate(zip(contents, states, strict=True), start=1)
-    ]
-    ledger.learn(jobs)
-    assert by_hand.trained_already(home, contents, None) == [False] * 3
+    contents = ["of 1", "of 2", "of 3"]
+    ledger.learn([job(1, JobState.TRAINED), job(2, JobState.TRAINED), job(3)])
     by_hand.note(ledger, contents, [1, 2, 3])
     assert by_hand.trained_already(home, contents, None) == [False] * 3
-    plan = make_plan(job=1, name="a", sha256="of a", trainable_rows=8, base_step=0, recipe=Settings().recipe)
+    plan = make_plan(job=1, name="a", sha256="of 1", trainable_rows=8, base_step=0, recipe=Settings().recipe)
     before, progress = lineage_at(0).begun(plan, "now")
     has_a = before.ended(replace(progress, done_steps=1), outcome="trained", finished_at="now", eval_loss=None)
     assert by_hand.trained_already(home, contents, has_a) == [True, False, False]

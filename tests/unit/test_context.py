@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from longrun import checkpoint, config
+from longrun import checkpoint, config, locks
 from longrun import context as context_module
-from longrun.context import Context
+from longrun.context import TRAINING, Context
 from longrun.notify import Notifier
 
 if TYPE_CHECKING:
@@ -88,3 +88,19 @@ def test_settings_that_nobody_edits_are_looked_at_once(context: Context, monkeyp
     for _ in range(3):
         context.reload_settings(None)
     assert told(context) == []
+
+
+def test_who_wants_the_model_hears_what_it_is_held_for_now(context: Context) -> None:
+    def told_of() -> str:
+        return (locks.holder(context.home.training_lock) or {})["what"]
+
+    context.hold_model("a scheduled backup")
+    with context.model_held():
+        assert told_of() == "a scheduled backup"
+    context.hold_model(TRAINING)
+    assert told_of() == "training"
+    context.let_go_model("a scheduled backup")
+    context.let_go_model(TRAINING)
+    assert locks.holder(context.home.training_lock) is None
+    with context.model_held():
+        assert told_of() == "the Longrun daemon"

@@ -35,7 +35,7 @@ def of(context: Any, batch_size: int) -> Recipe:
 
 def smaller(context: Any, batch_size: int, tried: int) -> bool:
     situation = fitting.situation(context, of(context, batch_size))
-    return fitting.make_smaller(context, situation, batch_size, tried)
+    return fitting.make_smaller(context, situation, tried)
 
 
 def test_a_step_is_taken_at_once_unless_the_settings_say_fewer(context: Any) -> None:

@@ -54,10 +54,11 @@ class Told:
         self.said.append(text)
 
     def hold_model(self, what: str) -> None:
-        assert what == "a scheduled backup"
+        assert what == scheduled.BACKUP
         self.held += 1
 
-    def let_go_model(self) -> None:
+    def let_go_model(self, what: str) -> None:
+        assert what == scheduled.BACKUP
         self.held -= 1
 
     def problem(self, kind: str, text: str) -> None:
