@@ -38,7 +38,7 @@ KILLS = {
     },
     "publishing": {"at": "longrun.checkpoint:_place", "role": "worker", "about": "checkpoint-54/trainer_state.json"},
     "retiring": {"at": "longrun.checkpoint:retire", "role": "worker", "nth": 2},
-    "committed, not booked": {"at": "longrun.context:Context.finish", "role": "daemon", "about": "c.jsonl"},
+    "committed, not booked": {"at": "longrun.context:Context._finish", "role": "daemon", "about": "c.jsonl"},
     "booked, not archived": {"at": "longrun.archive:put_away", "role": "daemon", "about": "e.jsonl"},
     "archived, not told": {
         "at": "longrun.archive:put_away", "role": "daemon", "about": "e.jsonl", "when": "after",
