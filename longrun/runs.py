@@ -2,9 +2,8 @@
 
 A run may end at its target, stopped on purpose, with its model gone, for want of disk or of what it is trained with,
 by the file's own fault (NaN, a token the model has not), or by a death of the worker or damage to the prepared rows.
-Only the last two count as an attempt, and only when they saved nothing new; nor does an out of memory count with which
-fewer rows at once are tried next. In every case the next run goes on from the
-newest verified checkpoint.
+Only the last two count as an attempt, and only when they saved nothing new; out of memory does not, as long as fewer
+rows at once can be tried. In every case the next run goes on from the newest verified checkpoint.
 """
 
 from __future__ import annotations
@@ -124,6 +123,7 @@ class Runs:
             self._tell_what_was_begun(job, newest.lineage)
         self._tell_plan(job, plan, newest)
         job = self._context.ledger.move(job, JobState.RUNNING)
+        self._skipped = 0 if self._skipped == job.number else self._skipped  # it has ended whole since, and comes again
         self._context.hold_model(TRAINING)
         message = self._message(job, plan, newest)
         self._held = newest.lineage.lineage if newest else message.lineage
