@@ -32,7 +32,7 @@ from longrun.home import Home
 FILES, ROWS, AHEAD = 1_000, 24, 5
 EVERY = 10  # files between two looks
 FROM, WINDOW, BOUND = 10, 100, 1.05
-YOUNG_ONES, PORTION = 6, 20  # lineages that see a window each, and files trained in turn
+YOUNG_ONES, PORTION = 12, 20  # lineages that see a window each, and files trained in turn
 LOGGED, LOOKS = 1_000_000, 8
 WAITING, WAITING_BOUND_S = 10_000, 30.0
 SETTINGS = "[inbox]\nsettle_s = 0.1\n[train]\nbatch_size = 8\n"
