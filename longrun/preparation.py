@@ -209,7 +209,7 @@ class Preparation:
     def _tell_prepared(self, job: Job, facts: dict[str, Any]) -> None:
         told = [f"{facts['tokens']:,} tokens, {facts['trained_tokens']:,} of them trained"]
         if facts["mask_source"]:
-            told.append(f"the assistant's are told by {facts['mask_source']}")
+            told.append(f"told apart by {facts['mask_source']}")
         if facts["truncated_rows"]:
             told.append(f"{counted(facts['truncated_rows'], 'row')} cut at {facts['cut_at']} tokens")
         if facts["untrainable_rows"]:
